@@ -1,0 +1,1 @@
+"""Exits on a network: small heads, and the module that steps through stages and heads."""
