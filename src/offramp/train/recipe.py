@@ -1,0 +1,112 @@
+"""What a training run does, in one frozen value: a recipe is made by a function of ``recipes`` and given to ``fit``."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from offramp.errors import OfframpError
+
+__all__ = ["Recipe"]
+
+Augment = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All choices of a training run but the network, the data and the machine.
+
+    >>> Recipe(loss="teacher", epochs=0, lr=-1.0)
+    Traceback (most recent call last):
+        ...
+    offramp.errors.OfframpError: Recipe: expected epochs >= 1, not 0; lr > 0, not -1.0.
+    """
+
+    loss: Literal["teacher", "labels"]
+    """``teacher``: KL from the network's own output to each early exit, no label is read. ``labels``: cross-entropy of every
+    exit, the final one included."""
+    epochs: int
+    """Passes over the N samples (with several views, each pass takes one view of each sample)."""
+    freeze: bool = True
+    """Whether the backbone stays as it is: no gradients, eval mode, buffers untouched. Needed for cached features."""
+    temperature: float = 1.0
+    """Softens both sides of the teacher loss; confidences are calibrated best near 1."""
+    weights: tuple[float, ...] | None = None
+    """One weight for each column in order of depth, the final one included for ``labels``; None gives each exit 1."""
+    batch_size: int = 128
+    """For datasets and cached features; a DataLoader keeps its own when nothing is cached."""
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    """At the end of the warm-up."""
+    momentum: float = 0.9
+    """Of sgd."""
+    weight_decay: float = 0.0
+    """Spared for one-dimensional parameters: biases and norms."""
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    """Down to zero: half a cosine, or (1 - progress)^0.9."""
+    warmup: float = 0.05
+    """Share of all steps in which the rate rises linearly."""
+    clip: float | None = None
+    """Largest norm of the gradient; None does not clip."""
+    ema: float | None = None
+    """Decay of an exponential mean of the trained weights, which is what remains at the end; None keeps the last weights."""
+    views: int = 1
+    """How often each sample is passed through the frozen network for the cache: the first time as it is, then augmented."""
+    augment: Augment | None = None
+    """Takes a batch of inputs, gives a changed batch of the same shape; it may draw from torch's global generator."""
+    seed: int = 0
+    """All that is random follows from it and the step's number alone, so that a resumed run repeats an unbroken one."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"loss teacher or labels, not {self.loss!r}": self.loss in ("teacher", "labels"),
+            f"epochs >= 1, not {self.epochs}": self.epochs >= 1,
+            f"temperature > 0, not {self.temperature}": self.temperature > 0,
+            f"weights >= 0 with one above, not {self.weights}":
+                self.weights is None or (all(w >= 0 for w in self.weights) and any(self.weights)),
+            f"batch_size >= 1, not {self.batch_size}": self.batch_size >= 1,
+            f"optimiser adamw or sgd, not {self.optimiser!r}": self.optimiser in ("adamw", "sgd"),
+            f"lr > 0, not {self.lr}": self.lr > 0,
+            f"momentum in [0, 1), not {self.momentum}": 0 <= self.momentum < 1,
+            f"weight_decay >= 0, not {self.weight_decay}": self.weight_decay >= 0,
+            f"schedule cosine, poly or constant, not {self.schedule!r}": self.schedule in ("cosine", "poly", "constant"),
+            f"warmup in [0, 1), not {self.warmup}": 0 <= self.warmup < 1,
+            f"clip > 0 or None, not {self.clip}": self.clip is None or self.clip > 0,
+            f"ema in (0, 1) or None, not {self.ema}": self.ema is None or 0 < self.ema < 1,
+            f"views >= 1, not {self.views}": self.views >= 1,
+            f"an augment for {self.views} views, which would else be the same": self.views <= 1 or bool(self.augment),
+            "freeze=True for the teacher loss, whose teacher is the frozen network": self.freeze or self.loss == "labels",
+        }
+        if faults := [expected for expected, holds in checks.items() if not holds]:
+            raise OfframpError("Recipe: expected " + "; ".join(faults) + ".")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step in [0, steps).
+
+        >>> recipe = Recipe(loss="teacher", epochs=1, lr=1.0, warmup=0.5)
+        >>> [recipe.lr_at(step, 4) for step in range(4)]
+        [0.5, 1.0, 1.0, 0.5]
+        """
+        rise = math.ceil(self.warmup * steps)
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        progress = (step - rise) / max(1, steps - rise)
+        match self.schedule:
+            case "cosine":
+                return self.lr * (1 + math.cos(math.pi * progress)) / 2
+            case "poly":
+                return self.lr * (1 - progress) ** 0.9
+            case _:
+                return self.lr
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; a callable is named by its module and name, to be compared, not to be imported."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.augment is not None:
+            name = getattr(self.augment, "__qualname__", type(self.augment).__qualname__)
+            data["augment"] = f"{getattr(self.augment, '__module__', '')}:{name}"
+        if self.weights is not None:
+            data["weights"] = list(self.weights)
+        return {"type": "Recipe", "version": 1, "data": data}
