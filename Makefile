@@ -1,0 +1,29 @@
+# make install | make test | make demo: each does the set-up that it needs, from a fresh clone with Python 3.11+.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.offramp-installed
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install test check demo clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "offramp needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". What to do: make PYTHON=python3.12 install")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[smp,text,search,report,dev]'
+	touch $@
+
+check: install
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+demo: install
+	$(BIN)/offramp demo
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,96 @@
+"""offramp makes a pretrained PyTorch network leave early: exits, thresholds and a report, at a loss that you state.
+
+    net   = offramp.attach(backbone, example_inputs, exits=4)
+    offramp.fit(net, loader, offramp.recipes.label_free())
+    table = offramp.record(net, calibration_loader)
+    plan  = offramp.search(table, max_drop=0.01)
+    fast  = net.deploy(plan)
+
+Every public name is loaded when it is first asked for, so that ``import offramp`` costs next to nothing.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from offramp.choose.plan import load_plan, save_plan
+    from offramp.choose.policies import Thresholds
+    from offramp.choose.replay import replay
+    from offramp.choose.search import search
+    from offramp.data import load_data
+    from offramp.errors import OfframpError
+    from offramp.graph import sites
+    from offramp.models import load_model
+    from offramp.nn.attach import attach
+    from offramp.nn.heads import HeadSpec
+    from offramp.nn.multiexit import MultiExit
+    from offramp.record import record
+    from offramp.runtime import Adaptive, deploy
+    from offramp.table import Costs, ExitTable, Latency
+    from offramp.train import recipes
+    from offramp.train.loop import fit
+    from offramp.train.recipe import Recipe
+    from offramp.types import Evidence, ExitColumn, ExitSite, Plan, Policy
+
+_FROM = {
+    "Adaptive": "offramp.runtime", "Costs": "offramp.table", "Evidence": "offramp.types", "ExitColumn": "offramp.types",
+    "ExitSite": "offramp.types", "ExitTable": "offramp.table", "HeadSpec": "offramp.nn.heads", "Latency": "offramp.table",
+    "MultiExit": "offramp.nn.multiexit", "OfframpError": "offramp.errors", "Plan": "offramp.types",
+    "Policy": "offramp.types", "Recipe": "offramp.train.recipe", "Thresholds": "offramp.choose.policies",
+    "attach": "offramp.nn.attach", "deploy": "offramp.runtime", "fit": "offramp.train.loop",
+    "load_data": "offramp.data", "load_model": "offramp.models", "load_plan": "offramp.choose.plan",
+    "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",
+    "save_plan": "offramp.choose.plan", "search": "offramp.choose.search", "sites": "offramp.graph",
+}
+
+__all__ = [
+    "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MultiExit",
+    "OfframpError", "Plan", "Policy", "Recipe", "Thresholds", "attach", "deploy", "fit", "load_data", "load_model",
+    "load_plan", "recipes", "record", "replay", "save_plan", "search", "sites",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module 'offramp' has no attribute {name!r}")
+    module = importlib.import_module(_FROM[name])
+    try:
+        value = getattr(module, name)
+    except AttributeError:  # ``recipes`` is itself a module
+        value = importlib.import_module(f"{_FROM[name]}.{name}")
+    if name in ("MultiExit", "attach"):
+        _hang_deploy()
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def _hang_deploy() -> None:
+    """``net.deploy(plan)``: the runtime stands above the networks, so only the roof can join the two."""
+    from offramp.nn.multiexit import MultiExit
+
+    def deploy(net: MultiExit, /, *args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module("offramp.runtime").deploy(net, *args, **kwargs)
+
+    deploy.__doc__ = "Obey a plan live, as a plain module; see :func:`offramp.deploy`."
+    if not hasattr(MultiExit, "deploy"):
+        MultiExit.deploy = deploy
+
+
+class _Package(ModuleType):
+    """``offramp.record`` is the function, though a module has that name too: importing the module must not hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "record" and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
