@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 
 _FROM = {
     "Adaptive": "offramp.runtime", "Costs": "offramp.table", "Evidence": "offramp.types", "ExitColumn": "offramp.types",
-    "ExitSite": "offramp.types", "ExitTable": "offramp.table", "HeadSpec": "offramp.nn.heads", "Latency": "offramp.table",
-    "MultiExit": "offramp.nn.multiexit", "OfframpError": "offramp.errors", "Plan": "offramp.types",
-    "Policy": "offramp.types", "Recipe": "offramp.train.recipe", "Thresholds": "offramp.choose.policies",
+    "ExitSite": "offramp.types", "ExitTable": "offramp.table", "HeadSpec": "offramp.nn.heads",
+    "Latency": "offramp.table", "MultiExit": "offramp.nn.multiexit", "OfframpError": "offramp.errors",
+    "Plan": "offramp.types", "Policy": "offramp.types", "Recipe": "offramp.train.recipe",
+    "Thresholds": "offramp.choose.policies",
     "attach": "offramp.nn.attach", "deploy": "offramp.runtime", "fit": "offramp.train.loop",
     "load_data": "offramp.data", "load_model": "offramp.models", "load_plan": "offramp.choose.plan",
     "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",

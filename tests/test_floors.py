@@ -1,0 +1,76 @@
+"""The house stands on its floors: a module imports only from the rooms below it, and no file outgrows a head."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "offramp"
+GROUND = {"types", "errors", "_extras", "_specs"}
+BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the ground floor and itself
+    "types": set(), "errors": set(), "_extras": set(), "_specs": set(),
+    # the evidence wing: tensors and numbers, never an nn.Module
+    "functional": set(), "table": set(), "choose": {"functional", "table"},
+    "report": {"functional", "table", "choose", "cost"},
+    # the model wing
+    "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": set(), "models": set(),
+    "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},
+    # the one bridge from model to evidence
+    "record": {"nn", "cost", "table", "functional", "data"},
+    "testing": {"functional", "table", "choose", "nn", "runtime"},
+}
+ROOF = {"__init__", "__main__", "cli"}  # may import everything
+
+
+def rooms_imported(path: Path, text: str | None = None) -> set[str]:
+    here = path.relative_to(SRC.parent).with_suffix("").parts  # ("offramp", "nn", "heads")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text() if text is None else text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{stem}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("offramp.")}
+    return found
+
+
+FILES = [path for path in sorted(SRC.rglob("*.py")) if path.relative_to(SRC).with_suffix("").parts[0] not in ROOF]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_point_down(path: Path) -> None:
+    room = path.relative_to(SRC).with_suffix("").parts[0]
+    assert room in BELOW, f"{room} is a new room: say in BELOW what it may stand on"
+    upward = rooms_imported(path) - BELOW[room] - GROUND - {room}
+    assert not upward, f"{path.relative_to(SRC)} reaches up to {sorted(upward)}"
+
+
+def test_the_floors_themselves_have_no_circle() -> None:
+    resting: set[str] = set()
+    while waiting := [room for room in BELOW if room not in resting]:
+        landed = [room for room in waiting if BELOW[room] <= resting]
+        assert landed, f"these rooms stand on each other: {waiting}"
+        resting |= set(landed)
+
+
+@pytest.mark.parametrize("text", [
+    "from offramp.nn import heads", "import offramp.nn.heads", "from ..nn.heads import build", "from .. import nn",
+    "def late():\n    from offramp.nn.heads import build",
+])
+def test_an_upward_import_is_seen(text: str) -> None:
+    assert rooms_imported(SRC / "choose" / "imagined.py", text) == {"nn"}
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "benchmarks"])
+def test_no_file_outgrows_400_lines(folder: str) -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (SRC.parents[1] / folder).rglob("*.py")}
+    too_long = {str(path.relative_to(SRC.parents[1])): count for path, count in lengths.items() if count > 400}
+    assert not too_long, f"split these: {too_long}"
+
+
+def test_the_package_stays_small() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in SRC.rglob("*.py")) < 12_000
