@@ -1,0 +1,8 @@
+"""Training of exits: one loop, and recipes that say what it does."""
+
+from offramp.train import recipes
+from offramp.train.history import EpochRecord, History
+from offramp.train.loop import fit, restore
+from offramp.train.recipe import Recipe
+
+__all__ = ["EpochRecord", "History", "Recipe", "fit", "recipes", "restore"]

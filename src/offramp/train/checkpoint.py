@@ -1,4 +1,4 @@
-"""One checkpoint is one safetensors file, replaced atomically: weights, optimiser, mean of weights, and JSON in its header.
+"""A checkpoint is one safetensors file, replaced atomically: weights, optimiser, mean of weights, JSON in its header.
 
 A run killed at any moment finds either the old file or the new one. Loading runs no code from the file.
 """
@@ -34,7 +34,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         raise DataError(
-            expected="room to write a checkpoint", got=str(error), where=str(path), todo="free some space, then run again"
+            expected="room to write a checkpoint", got=str(error), where=str(path),
+            todo="free some space, then run again",
         ) from error
 
 
@@ -54,7 +55,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat names ``optimiser.INDEX.KEY``; learning rates follow from the step and are not kept."""
+    """The optimiser's state as flat names ``optimiser.INDEX.KEY``; rates follow from the step and are not kept."""
     flat = {}
     for index, entries in optimiser.state_dict()["state"].items():
         for key, value in entries.items():

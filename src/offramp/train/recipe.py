@@ -25,8 +25,8 @@ class Recipe:
     """
 
     loss: Literal["teacher", "labels"]
-    """``teacher``: KL from the network's own output to each early exit, no label is read. ``labels``: cross-entropy of every
-    exit, the final one included."""
+    """``teacher``: KL from the network's own output to each early exit, no label is read. ``labels``: cross-entropy of
+    every exit, the final one included."""
     epochs: int
     """Passes over the N samples (with several views, each pass takes one view of each sample)."""
     freeze: bool = True
@@ -51,9 +51,10 @@ class Recipe:
     clip: float | None = None
     """Largest norm of the gradient; None does not clip."""
     ema: float | None = None
-    """Decay of an exponential mean of the trained weights, which is what remains at the end; None keeps the last weights."""
+    """Decay of an exponential mean of the trained weights, which is what remains at the end; None keeps the last."""
     views: int = 1
-    """How often each sample is passed through the frozen network for the cache: the first time as it is, then augmented."""
+    """How often each sample goes through the frozen network for the cache: first as it is, then augmented. One view
+    with an augmentation caches nothing: each pass is drawn anew."""
     augment: Augment | None = None
     """Takes a batch of inputs, gives a changed batch of the same shape; it may draw from torch's global generator."""
     seed: int = 0
@@ -71,13 +72,15 @@ class Recipe:
             f"lr > 0, not {self.lr}": self.lr > 0,
             f"momentum in [0, 1), not {self.momentum}": 0 <= self.momentum < 1,
             f"weight_decay >= 0, not {self.weight_decay}": self.weight_decay >= 0,
-            f"schedule cosine, poly or constant, not {self.schedule!r}": self.schedule in ("cosine", "poly", "constant"),
+            f"schedule cosine, poly or constant, not {self.schedule!r}":
+                self.schedule in ("cosine", "poly", "constant"),
             f"warmup in [0, 1), not {self.warmup}": 0 <= self.warmup < 1,
             f"clip > 0 or None, not {self.clip}": self.clip is None or self.clip > 0,
             f"ema in (0, 1) or None, not {self.ema}": self.ema is None or 0 < self.ema < 1,
             f"views >= 1, not {self.views}": self.views >= 1,
             f"an augment for {self.views} views, which would else be the same": self.views <= 1 or bool(self.augment),
-            "freeze=True for the teacher loss, whose teacher is the frozen network": self.freeze or self.loss == "labels",
+            "freeze=True for the teacher loss, whose teacher is the frozen network":
+                self.freeze or self.loss == "labels",
         }
         if faults := [expected for expected, holds in checks.items() if not holds]:
             raise OfframpError("Recipe: expected " + "; ".join(faults) + ".")
@@ -97,7 +100,7 @@ class Recipe:
             case "cosine":
                 return self.lr * (1 + math.cos(math.pi * progress)) / 2
             case "poly":
-                return self.lr * (1 - progress) ** 0.9
+                return float(self.lr * (1 - progress) ** 0.9)
             case _:
                 return self.lr
 

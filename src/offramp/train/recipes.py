@@ -33,7 +33,7 @@ def joint(
     weight_decay: float = 5e-4, schedule: str = "poly", clip: float | None = None, augment: Augment | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """The whole network and its exits learn from labels: a weighted sum of the exits' cross-entropies, the final included.
+    """The network and its exits learn from labels: a weighted sum of the exits' cross-entropies, the final included.
 
     BranchyNet (arXiv:1709.01686), MSDNet (arXiv:1703.09844) and ADP-C train so; equal weights unless given.
     """
@@ -50,7 +50,7 @@ def flip(images: Tensor) -> Tensor:
 
 
 def flip_shift(images: Tensor) -> Tensor:
-    """Mirror half of a batch and shift each image by up to an eighth of its size; the border is zero, as in CIFAR training."""
+    """Mirror half of a batch and shift each image by up to an eighth of its size, over a border of zeros."""
     height, width = images.shape[-2:]
     up, left = max(1, height // 8), max(1, width // 8)
     padded = F.pad(flip(images), (left, left, up, up))

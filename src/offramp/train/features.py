@@ -1,0 +1,254 @@
+"""The frozen network's frontiers and answers, computed once and kept on disk: all heads then train without the trunk.
+
+Axes: N samples, V views. Features are fp16 (integers as they are), the teacher's logits fp32, as plain ``.npy`` files
+that are mapped, not read. The folder is complete or absent: it is written under another name and renamed.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import DataError
+from offramp.train.batches import Batch, Source, index_windows, seed_all
+from offramp.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from offramp.nn.multiexit import MultiExit
+
+__all__ = ["Features", "Refused", "collect", "frontiers", "module_fingerprint"]
+
+VERSION = 1
+FP16_LARGEST = float(torch.finfo(torch.float16).max)
+
+
+class Refused(Exception):
+    """Why nothing was cached; training then runs the trunk in every pass."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Cached frontiers of every site: a ``Source`` whose batches hold them instead of inputs."""
+
+    tensors: tuple[tuple[Tensor, ...], ...]
+    """Per site, per live tensor: (V * N, ...), view by view."""
+    teacher: Tensor
+    """(V * N, K, ...) float32."""
+    count: int
+    """N."""
+    batch_size: int
+    seed: int
+
+    @property
+    def views(self) -> int:
+        return len(self.teacher) // self.count
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*(t for site in self.tensors for t in site), self.teacher))
+
+    def steps(self, accumulate: int) -> int:
+        return -(-self.count // (self.batch_size * accumulate))
+
+    def windows(self, epoch: int, accumulate: int, start: int) -> Iterator[list[Batch]]:
+        views = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        view_N = torch.randint(self.views, (self.count,), generator=views)
+        for window in index_windows(self.count, self.batch_size, accumulate, self.seed, epoch, start):
+            yield [self.read(rows + view_N[rows] * self.count) for rows in window]
+
+    def sweep(self) -> Iterator[Batch]:
+        for rows in torch.split(torch.arange(self.count), self.batch_size):
+            yield self.read(rows)
+
+    def read(self, rows: Tensor) -> Batch:
+        # In order of place: neighbours on disk are read together, and the order within a batch means nothing.
+        rows = rows.sort().values.to(self.teacher.device)
+        return Batch(args=tuple(tuple(_take(t, rows) for t in site) for site in self.tensors),
+                     teacher=self.teacher.index_select(0, rows))
+
+    def rows(self, rows: Tensor) -> "Features":
+        """Some of the samples (one view), in memory."""
+        return Features(tuple(tuple(t.index_select(0, rows) for t in site) for site in self.tensors),
+                        self.teacher.index_select(0, rows), len(rows), self.batch_size, self.seed)
+
+    def site(self, k: int) -> "Features":
+        """One site's alone."""
+        return Features((self.tensors[k],), self.teacher, self.count, self.batch_size, self.seed)
+
+    def to(self, device: torch.device) -> "Features":
+        """On the device, where a third of its free memory holds them; else as they are."""
+        if device.type != "cuda" or self.nbytes * 3 > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return Features(tuple(tuple(t.to(device) for t in site) for site in self.tensors), self.teacher.to(device),
+                        self.count, self.batch_size, self.seed)
+
+
+def _take(tensor: Tensor, rows: Tensor) -> Tensor:
+    taken = tensor.index_select(0, rows)
+    return taken.float() if taken.is_floating_point() else taken
+
+
+def frontiers(net: "MultiExit", batch: Batch) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+    """Live tensors at every site and the backbone's logits; no head runs."""
+    state, seen = net.begin(*batch.args, **batch.kwargs), []
+    for stage in net.stages[:-1]:
+        state = stage(state)
+        seen.append(tuple(state.tensors))
+    return seen, net.logits(net.stages[-1](state))
+
+
+def collect(
+    net: "MultiExit", source: Source, recipe: Recipe, *, folder: Path, limit_bytes: int, device: torch.device
+) -> Features:
+    """Run the frozen network over the source, ``recipe.views`` times, into ``folder``; or reuse what lies there.
+
+    Refused when it would be larger than ``limit_bytes``, when shapes differ from batch to batch, or when features do
+    not fit fp16. DataError when the disk is too full (before anything is written), or on answers that are not numbers.
+    """
+    if recipe.augment is not None and recipe.views == 1:
+        raise Refused("an augmentation without views is drawn anew in every pass")
+    key = {"version": VERSION, "backbone": module_fingerprint(net.backbone), "sites": [site.name for site in net.sites],
+           "rows": source.count, "recipe": {k: recipe.to_json()["data"][k] for k in ("views", "augment", "seed")}}
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    if (folder / "meta.json").is_file():
+        meta = json.loads((folder / "meta.json").read_text())
+        seed_all(recipe.seed, 0)
+        if meta["key"] == key and meta["first"] == _digest(next(iter(source.sweep()))):
+            return _open(folder, meta, recipe)
+        shutil.rmtree(folder)
+    try:
+        meta = {"key": key, **_write(net, source, recipe, part, limit_bytes, device)}
+        (part / "meta.json").write_text(json.dumps(meta))
+        part.rename(folder)
+    except OSError as error:
+        raise DataError(expected="room and leave to write features", got=str(error), where=str(folder),
+                        todo="free some space, give another run_dir, or cache_bytes=0 to run without") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return _open(folder, meta, recipe)
+
+
+def _write(
+    net: "MultiExit", source: Source, recipe: Recipe, part: Path, limit_bytes: int, device: torch.device
+) -> dict[str, Any]:
+    files: list[list[Any]] = []
+    counts: list[int] = []
+    first = ""
+    total = 0
+    for view in range(recipe.views):
+        done = 0
+        seed_all(recipe.seed, view)
+        for number, batch in enumerate(source.sweep()):
+            seed_all(recipe.seed, view, number)
+            first = first or _digest(batch)
+            batch = batch.map(lambda t: t.to(device))
+            if view and recipe.augment is not None:
+                batch = Batch(args=tuple(recipe.augment(a) for a in batch.args), kwargs=batch.kwargs)
+            with torch.no_grad():
+                sites, teacher = frontiers(net, batch)
+            if not torch.isfinite(teacher).all():
+                todo = "check that the inputs are finite and scaled as the network expects"
+                raise DataError(expected="finite logits from the backbone", got="NaN or infinity",
+                                where=f"batch {number}", todo=todo)
+            rows = [[_shrink(t) for t in site] for site in sites] + [[teacher.float().cpu()]]
+            if not files:
+                total = _check_room(rows, source.count * recipe.views, limit_bytes, part)
+                files = _create(rows, source.count * recipe.views, part)
+            upto = done + len(teacher)
+            for held, new in zip(files, rows, strict=True):
+                for file, tensor in zip(held, new, strict=True):
+                    if file.shape[1:] != tuple(tensor.shape[1:]):
+                        now = tuple(tensor.shape[1:])
+                        raise Refused(f"shapes differ: {file.shape[1:]}, then {now} in batch {number}")
+                    file[sum(counts) + done : sum(counts) + upto] = tensor.numpy()
+            done = upto
+        counts.append(done)
+        if len(set(counts)) > 1:
+            raise DataError(expected=f"{counts[0]} samples in each pass", got=str(done), where="the loader")
+    for held in files:
+        for file in held:
+            file.flush()
+    return {"count": counts[0], "first": first, "bytes": total, "tensors": [len(held) for held in files[:-1]]}
+
+
+def _shrink(tensor: Tensor) -> Tensor:
+    tensor = tensor.cpu()
+    if not tensor.is_floating_point():
+        return tensor
+    if float(tensor.abs().max()) > FP16_LARGEST:
+        raise Refused(f"features reach {float(tensor.abs().max()):.3g}, more than fp16 holds")
+    return tensor.half()
+
+
+def _check_room(rows: Sequence[Sequence[Tensor]], count: int, limit_bytes: int, part: Path) -> int:
+    total = count * sum(t[0].nbytes for held in rows for t in held)
+    if total > limit_bytes:
+        raise Refused(f"features of {count} passes need {total / 2**30:.2f} GiB, more than the "
+                      f"{limit_bytes / 2**30:.2f} GiB of cache_bytes")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(part.parent).free
+    if total * 1.02 > free:
+        raise DataError(expected=f"{total / 2**30:.2f} GiB of free disk for features", got=f"{free / 2**30:.2f} GiB",
+                        where=str(part.parent), todo="free some space, give another run_dir, or cache_bytes=0")
+    return total
+
+
+def _create(rows: Sequence[Sequence[Tensor]], count: int, part: Path) -> list[list[Any]]:
+    part.mkdir(parents=True)
+    return [
+        [np.lib.format.open_memmap(part / _name(k, j, len(rows) - 1), mode="w+", dtype=tensor.numpy().dtype,
+                                   shape=(count, *tensor.shape[1:]))
+         for j, tensor in enumerate(held)]
+        for k, held in enumerate(rows)
+    ]
+
+
+def _name(k: int, j: int, sites: int) -> str:
+    return "teacher.npy" if k == sites else f"site{k}_{j}.npy"
+
+
+def _open(folder: Path, meta: dict[str, Any], recipe: Recipe) -> Features:
+    kept = meta["count"] * meta["key"]["recipe"]["views"]
+
+    def mapped(name: str) -> Tensor:
+        # "c": copy on write, since torch wants memory that it may write to; nothing here does.
+        return torch.from_numpy(np.load(folder / name, mmap_mode="c", allow_pickle=False))[:kept]
+
+    sites = meta["tensors"]
+    return Features(
+        tuple(tuple(mapped(_name(k, j, len(sites))) for j in range(number)) for k, number in enumerate(sites)),
+        mapped("teacher.npy"), meta["count"], recipe.batch_size, recipe.seed,
+    )
+
+
+def _digest(batch: Batch) -> str:
+    digest = hashlib.sha256()
+
+    def add(tensor: Tensor) -> Tensor:
+        digest.update(_bytes(tensor))
+        return tensor
+
+    batch.map(add)
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Sixteen hex digits of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(tensor, Tensor) and tensor.numel():
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]

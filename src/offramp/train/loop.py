@@ -1,0 +1,373 @@
+"""One loop for every recipe: cached or live features, one process or many, resumable at any step.
+
+Axes: N samples, E trained columns.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import DataError, FileFormatError, OfframpError
+from offramp.functional.losses import cross_entropy, kl_to_teacher
+from offramp.train import checkpoint
+from offramp.train.batches import Batch, Source, rng_kept, seed_all, source_of
+from offramp.train.features import Features, module_fingerprint
+from offramp.train.history import EpochRecord, History, Log
+from offramp.train.parallel import shared_batch_norm
+from offramp.train.recipe import Recipe
+from offramp.train.setup import accelerated, as_found, cached, drop_features, run_folder, set_modes, show_progress
+
+if TYPE_CHECKING:
+    from offramp.nn.multiexit import MultiExit
+
+__all__ = ["fit", "restore"]
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def fit(
+    net: "MultiExit",
+    data: Any,
+    recipe: Recipe,
+    *,
+    run_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    precision: Literal["bf16"] | None = None,
+    accumulate: int = 1,
+    resume: bool = True,
+    validate: Any = None,
+    cache_bytes: int = 4 * 2**30,
+    checkpoint_every: int = 200,
+    progress: bool = True,
+) -> History:
+    """Train the exits of a network (and the network, if the recipe says so) in place.
+
+    data: a dataset, or a loader of batches: a tensor, (inputs, labels), (inputs,), or a dict of arguments by name. For
+        a recipe without labels, labels in there are dropped unread.
+    run_dir: where features, ``checkpoint.safetensors`` and ``log.jsonl`` go; without it nothing is kept, nor resumed.
+    precision: ``bf16`` runs the training passes in mixed precision; features and teacher are computed in fp32.
+    accumulate: batches of one optimiser step.
+    resume: go on from the checkpoint in run_dir, at the step after it; the end is that of an unbroken run.
+    validate: data to measure each exit on after every epoch, or a function of the network that returns a dict.
+    cache_bytes: features of the frozen network are cached on disk if they take no more; 0 never caches.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls it with the same data and takes its share of each
+    batch; gradients and batch norms are those of the whole batch. Where labels ignore pixels, each share is averaged
+    on its own, and what is drawn at random (dropout, live augmentation) differs from one process's.
+
+    DataError on empty or unusable data or a full disk; FileFormatError when the checkpoint is of another run;
+    OfframpError when the loss is not a number, with the step, before any weight has taken harm from it.
+    """
+    faults = [
+        text for text, wrong in {
+            f"accumulate >= 1, not {accumulate}": accumulate < 1,
+            f"checkpoint_every >= 1, not {checkpoint_every}": checkpoint_every < 1,
+            f"cache_bytes >= 0, not {cache_bytes}": cache_bytes < 0,
+            f"precision None or 'bf16', not {precision!r}": precision not in (None, "bf16"),
+            f"{_trained(net, recipe)} weights, not {recipe.weights}":
+                recipe.weights is not None and len(recipe.weights) != _trained(net, recipe),
+        }.items() if wrong
+    ]
+    if faults:
+        raise OfframpError("fit(): expected " + "; ".join(faults) + ".")
+    labels = recipe.loss == "labels"
+    source = source_of(data, batch_size=recipe.batch_size, labels=labels, seed=recipe.seed)
+    checks: Source | None = None
+    if validate is not None and (not callable(validate) or hasattr(validate, "__getitem__")):
+        checks = source_of(validate, batch_size=recipe.batch_size, labels=labels, seed=recipe.seed, where="validate")
+    with ExitStack() as stack:
+        stack.enter_context(rng_kept())
+        stack.enter_context(as_found(net))
+        accelerator = stack.enter_context(accelerated(device, precision, find_unused=not recipe.freeze))
+        net.to(accelerator.device)
+        set_modes(net, recipe)
+        folder = run_folder(run_dir, stack, accelerator)
+        run = _Run(net, recipe, accelerator, run_dir=None if run_dir is None else folder, accumulate=accumulate)
+        run.identify(source)
+        if resume and run.finished():
+            return restore(net, folder)
+        if recipe.freeze:
+            source, checks = cached(net, source, checks, recipe, folder, cache_bytes, accelerator, run.notes)
+        run.prepare(source)
+        if resume:
+            run.resume()
+        stack.enter_context(shared_batch_norm(net, accelerator.num_processes))
+        history = run.train(source, checks, validate if checks is None else None, checkpoint_every, progress)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            drop_features(folder)
+        return history
+
+
+def restore(net: "MultiExit", run_dir: str | Path) -> History:
+    """Load what ``fit`` left in ``run_dir`` into a network that was attached the same way."""
+    path = Path(run_dir) / CHECKPOINT
+    if not path.is_file():
+        todo = "run fit(..., run_dir=...) first"
+        raise DataError(expected=f"a {CHECKPOINT}", got="none", where=str(run_dir), todo=todo)
+    tensors, state = checkpoint.load(path)
+    _load_module(net if state["whole"] else net.heads, tensors, path)
+    return History(columns=tuple(state["columns"]), epochs=tuple(EpochRecord(**e) for e in state["epochs"]),
+                   notes=tuple(state["notes"]))
+
+
+def _trained(net: "MultiExit", recipe: Recipe) -> int:
+    return len(net.columns) - (recipe.loss == "teacher")
+
+
+class _OnInputs(nn.Module):
+    """The network with its exits, fed with inputs."""
+
+    def __init__(self, net: "MultiExit") -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        return self.net(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+class _OnFeatures(nn.Module):
+    """The heads alone, fed with the frontiers of every site."""
+
+    def __init__(self, net: "MultiExit") -> None:
+        super().__init__()
+        self.heads = net.heads
+        order = {site.name: k for k, site in enumerate(net.sites)}
+        self.plan = [(net.head(column.name), order[column.site]) for column in net.columns[:-1]]
+
+    def forward(self, args: tuple[tuple[Tensor, ...], ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        return [head(*args[site]) for head, site in self.plan]
+
+
+@dataclass
+class _Run:
+    net: "MultiExit"
+    recipe: Recipe
+    accelerator: Any
+    run_dir: Path | None
+    accumulate: int
+    notes: list[str] = field(default_factory=list)
+    step: int = 0
+    epochs: list[EpochRecord] = field(default_factory=list)
+
+    def identify(self, source: Source) -> None:
+        """What must be the same for a checkpoint to be of this run."""
+        self.columns = [column.name for column in self.net.columns[: _trained(self.net, self.recipe)]]
+        self.identity: dict[str, Any] = {
+            "recipe": self.recipe.to_json(), "columns": self.columns, "samples": source.count,
+            "accumulate": self.accumulate,
+            "backbone": module_fingerprint(self.net.backbone) if self.recipe.freeze else "",
+        }
+
+    def finished(self) -> bool:
+        """Whether the checkpoint is the last one of this very run."""
+        path = None if self.run_dir is None else self.run_dir / CHECKPOINT
+        if path is None or not path.is_file():
+            return False
+        state = checkpoint.load(path)[1]
+        return bool(state["finished"] and {k: state["identity"].get(k) for k in self.identity} == self.identity)
+
+    def prepare(self, source: Source) -> None:
+        recipe = self.recipe
+        self.weights = recipe.weights or (1.0,) * len(self.columns)
+        self.owner: nn.Module = self.net.heads if recipe.freeze else self.net
+        self.trainee = _OnFeatures(self.net) if isinstance(source, Features) else _OnInputs(self.net)
+        parameters = {n: p for n, p in self.owner.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise OfframpError(expected="something to train", got="no parameter that takes gradients", where="fit()")
+        self.parameters = parameters
+        flat, deep = [p for p in parameters.values() if p.ndim < 2], [p for p in parameters.values() if p.ndim >= 2]
+        groups = [{"params": deep, "weight_decay": recipe.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+        optimiser: torch.optim.Optimizer
+        if recipe.optimiser == "adamw":
+            optimiser = torch.optim.AdamW(groups, lr=recipe.lr)
+        else:
+            optimiser = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+        self.model, self.optimiser = self.accelerator.prepare(self.trainee, optimiser)
+        self.mean = {n: p.detach().clone() for n, p in parameters.items()} if recipe.ema else {}
+        self.sums = torch.zeros(2 + 3 * len(self.columns), dtype=torch.float64)
+        self.steps_an_epoch = source.steps(self.accumulate)
+        self.steps = self.steps_an_epoch * recipe.epochs
+        self.identity |= {"steps": self.steps, "cached": isinstance(source, Features)}
+
+    def resume(self) -> None:
+        if self.run_dir is None or not (path := self.run_dir / CHECKPOINT).is_file():
+            return
+        tensors, state = checkpoint.load(path)
+        if state["identity"] != self.identity:
+            theirs, ours = state["identity"], self.identity
+            different = [key for key in ours if theirs.get(key) != ours[key]]
+            raise FileFormatError(
+                expected="a checkpoint of this very run", got=f"one whose {', '.join(different)} differ",
+                where=str(path), todo="give another run_dir, or resume=False to overwrite it",
+            )
+        _load_module(self.owner, tensors, path)
+        checkpoint.restore_optimiser(self.optimiser.optimizer, tensors)
+        for name in self.mean:
+            self.mean[name].copy_(tensors[f"mean.{name}"])
+        self.step, self.epochs = state["step"], [EpochRecord(**e) for e in state["epochs"]]
+        if self.accelerator.is_main_process:  # every process adds its own; they are summed at an epoch's end
+            self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self.notes.append(f"resumed at step {self.step} of {self.steps}")
+
+    def save(self) -> None:
+        sums = self.accelerator.reduce(self.sums.clone().to(self.accelerator.device), "sum").cpu()
+        if self.run_dir is None or not self.accelerator.is_main_process:
+            return
+        tensors = {f"model.{n}": t for n, t in self.owner.state_dict().items()}
+        tensors |= checkpoint.optimiser_tensors(self.optimiser.optimizer)
+        tensors |= {f"mean.{n}": t for n, t in self.mean.items()}
+        state = {
+            "identity": self.identity, "step": self.step, "finished": self.step == self.steps, "sums": sums.tolist(),
+            "columns": self.columns, "epochs": [asdict(e) for e in self.epochs], "notes": self.notes,
+            "whole": not self.recipe.freeze,
+        }
+        checkpoint.save(self.run_dir / CHECKPOINT, tensors, state)
+
+    def train(
+        self, source: Source, checks: Source | None, custom: Any, checkpoint_every: int, progress: bool
+    ) -> History:
+        log = Log(self.run_dir if self.accelerator.is_main_process else None)
+        log.begin({**self.identity, "notes": self.notes, "device": str(self.accelerator.device)}, self.epochs)
+        started, saved = time.perf_counter(), self.step
+        with show_progress(progress and self.accelerator.is_main_process, self.steps, self.step) as bar:
+            for epoch in range(self.step // self.steps_an_epoch, self.recipe.epochs):
+                start = self.step - epoch * self.steps_an_epoch
+                for window in source.windows(epoch, self.accumulate, start):
+                    lr = self._step(window)
+                    bar(f"epoch {epoch + 1}/{self.recipe.epochs}")
+                    if self.step % checkpoint_every == 0 and self.step % self.steps_an_epoch:
+                        self.save()
+                        saved = self.step
+                self.epochs.append(self._record(epoch, lr, time.perf_counter() - started, checks, custom))
+                started = time.perf_counter()
+                log.add("epoch", asdict(self.epochs[-1]))
+                last = epoch == self.recipe.epochs - 1
+                if last:
+                    for name, mean in self.mean.items():
+                        self.parameters[name].data.copy_(mean)
+                if last or self.step - saved >= checkpoint_every:
+                    self.save()
+                    saved = self.step
+        return History(columns=tuple(self.columns), epochs=tuple(self.epochs), notes=tuple(self.notes))
+
+    def _step(self, window: list[Batch]) -> float:
+        lr = self.recipe.lr_at(self.step, self.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        seed_all(self.recipe.seed, 1, self.step)
+        total = sum(len(batch) for batch in window)
+        said = torch.zeros_like(self.sums)
+        for number, batch in enumerate(window):
+            last = number == len(window) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                said += self._backward(batch, total)
+        whole = self.accelerator.reduce(said.to(self.accelerator.device), "sum").cpu()
+        if not torch.isfinite(whole).all():
+            wrong = [n for n, value in zip(self.columns, whole[2:].tolist(), strict=False) if not math.isfinite(value)]
+            raise OfframpError(
+                expected="a finite loss", got=f"NaN or infinity at {', '.join(wrong)}",
+                where=f"fit(), step {self.step}",
+                todo="lower lr, set clip=1.0, or check the inputs; the weights are those before this step",
+            )
+        if self.recipe.clip is not None:
+            self.accelerator.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.step += 1
+        self.sums += said
+        if self.recipe.ema is not None:
+            decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+            for name, mean in self.mean.items():
+                mean.lerp_(self.parameters[name].detach(), 1 - decay)
+        return lr
+
+    def _backward(self, batch: Batch, total: int) -> Tensor:
+        """Gradients of this process's share of a batch; what it said, summed over its samples."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = batch.rows(slice(rank, None, world)) if world > 1 else batch
+        counts = len(batch) > rank  # else the process goes along with a row that counts for nothing
+        share = (share if counts else batch.rows(slice(0, 1))).map(lambda t: t.to(self.accelerator.device))
+        augment = self.recipe.augment
+        # Views of a live pass: as it is, as often as it would be drawn from a cache.
+        plain = self.recipe.views > 1 and float(torch.rand(())) * self.recipe.views < 1
+        if augment is not None and share.teacher is None and not plain:
+            share = Batch(args=tuple(augment(a) for a in share.args), kwargs=share.kwargs, labels=share.labels)
+        logits = self.model(share.args, share.kwargs)
+        teacher = (logits[-1] if share.teacher is None else share.teacher).detach()
+        losses = []
+        for said in logits[: len(self.columns)]:
+            if share.labels is None:
+                losses.append(kl_to_teacher(said, teacher, self.recipe.temperature))
+            else:
+                losses.append(cross_entropy(said, share.labels))
+        loss = sum(w * one for w, one in zip(self.weights, losses, strict=True))
+        rows = len(share) if counts else 0
+        self.accelerator.backward(loss * (rows * world / total))  # DDP averages over processes
+        return _said(logits[: len(self.columns)], teacher, share.labels, losses, rows)
+
+    def _record(self, epoch: int, lr: float, seconds: float, checks: Source | None, custom: Any) -> EpochRecord:
+        sums = self.accelerator.reduce(self.sums.to(self.accelerator.device), "sum").cpu()
+        self.sums.zero_()
+        validation: Mapping[str, Any] = {}
+        if checks is not None or custom is not None:
+            with as_found(self.net):
+                self.net.eval()
+                validation = dict(custom(self.net)) if checks is None else self._measure(checks)
+        return EpochRecord(epoch=epoch, step=self.step, lr=lr, seconds=seconds, validation=validation,
+                           **_means(sums, self.columns))
+
+    def _measure(self, source: Source) -> Mapping[str, Any]:
+        sums = torch.zeros_like(self.sums)
+        model = _OnFeatures(self.net) if isinstance(source, Features) else _OnInputs(self.net)
+        with torch.no_grad():
+            for batch in source.sweep():
+                batch = batch.map(lambda t: t.to(self.accelerator.device))
+                logits = model(batch.args, batch.kwargs)
+                teacher = logits[-1] if batch.teacher is None else batch.teacher
+                losses = [kl_to_teacher(said, teacher) for said in logits[: len(self.columns)]]
+                sums += _said(logits[: len(self.columns)], teacher, batch.labels, losses, len(batch))
+        return _means(sums, self.columns)
+
+
+def _said(
+    logits: list[Tensor], teacher: Tensor, labels: Tensor | None, losses: list[Tensor], rows: int
+) -> Tensor:
+    """(2 + 3E,): samples, labelled samples, then loss, agreement and accuracy of each column, summed over samples."""
+    with torch.no_grad():
+        own = teacher.argmax(1)
+        answers = [said.argmax(1) for said in logits]
+        agree = [(a == own).double().mean() for a in answers]
+        right, known = [own.new_zeros((), dtype=torch.float64)] * len(logits), 0.0
+        if labels is not None:
+            valid = labels != 255
+            known = float(valid.any()) * rows
+            right = [((a == labels) & valid).sum().double() / valid.sum().clamp(min=1) for a in answers]
+        each = torch.stack([*(one.detach().double() for one in losses), *agree]) * rows
+        hits = torch.stack(right) * known
+    return torch.cat([torch.tensor([float(rows), known], dtype=torch.float64), each.cpu(), hits.cpu()])
+
+
+def _means(sums: Tensor, columns: list[str]) -> dict[str, dict[str, float]]:
+    loss, agreement, hits = sums[2:].chunk(3)
+    made = {"loss": dict(zip(columns, (loss / sums[0]).tolist(), strict=True)),
+            "agreement": dict(zip(columns, (agreement / sums[0]).tolist(), strict=True)), "accuracy": {}}
+    if sums[1]:
+        made["accuracy"] = dict(zip(columns, (hits / sums[1]).tolist(), strict=True))
+    return made
+
+
+def _load_module(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    mine = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    try:
+        module.load_state_dict(mine)
+    except RuntimeError as error:
+        raise FileFormatError(expected="weights of this network and these heads", got=str(error), where=str(path),
+                              todo="attach with the same exits and heads, or give another run_dir") from error
