@@ -1,0 +1,1 @@
+"""Tables in, plans out: calibration, policies, search and replay. Never sees an ``nn.Module``."""

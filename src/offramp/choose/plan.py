@@ -1,0 +1,122 @@
+"""Plans as files: JSON ``{type, version, data}`` by allow-list; reading one runs no code from it."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from offramp.choose.policies import Thresholds
+from offramp.errors import FileFormatError, OfframpError
+from offramp.table import write_atomic
+from offramp.table.files import read_json
+from offramp.types import Plan, Policy
+
+__all__ = ["load_plan", "save_plan"]
+
+_FORMAT, _VERSION = "offramp.plan", 1
+_OURS: tuple[type, ...] = (Thresholds,)
+
+
+class _Policy(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: str
+    version: int
+    data: dict[str, Any]
+
+
+class _Page(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal["offramp.plan"]
+    version: int
+    exits: list[str]
+    policy: _Policy
+    task: Literal["classify", "dense"]
+    predicted: dict[str, Any]
+    asked: dict[str, Any]
+    fingerprints: dict[str, str]
+    split: str
+    notes: list[str]
+
+
+def save_plan(plan: Plan, path: Path | str) -> Path:
+    """Write a plan as one JSON page, whole or not at all.
+
+    A policy of your own is kept when it is a dataclass of JSON values, or has ``to_json() -> dict`` and a class method
+    ``from_json(data)``; ``version`` on the class (default 1) is kept beside it.
+    """
+    policy = plan.policy
+    page = {
+        "format": _FORMAT, "version": _VERSION, "exits": list(plan.exits), "task": plan.task, "split": plan.split,
+        "policy": {"type": type(policy).__name__, "version": _version(type(policy)), "data": _data(policy)},
+        "predicted": dict(plan.predicted), "asked": dict(plan.asked), "fingerprints": dict(plan.fingerprints),
+        "notes": list(plan.notes),
+    }
+    try:
+        text = json.dumps(_finite(page), indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise OfframpError(expected="a plan of JSON values", got=str(error), where="save_plan()",
+                           todo="give the policy to_json() and from_json().") from error
+    return write_atomic(path, text + "\n")
+
+
+def load_plan(path: Path | str, known: Sequence[type] = ()) -> Plan:
+    """Read a plan; ``known`` are the policy classes, besides offramp's own, that the file may name."""
+    path = Path(path)
+    record = read_json(path, format=_FORMAT, version=_VERSION)
+    try:
+        page = _Page.model_validate(record)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise FileFormatError(expected="a whole plan", got=f"{path}: {faults}", where="load_plan()") from error
+    allowed = {kind.__name__: kind for kind in (*known, *_OURS)}
+    kind = allowed.get(page.policy.type)
+    if kind is None:
+        raise FileFormatError(
+            expected=f"a policy among {', '.join(allowed)}", got=repr(page.policy.type), where="load_plan()",
+            todo="pass its class: load_plan(path, known=(MyPolicy,)).",
+        )
+    if page.policy.version > _version(kind):
+        raise FileFormatError(expected=f"{kind.__name__} of version {_version(kind)} or older",
+                              got=f"version {page.policy.version}", where="load_plan()", todo="upgrade its package.")
+    try:
+        policy = kind.from_json(page.policy.data) if hasattr(kind, "from_json") else kind(**page.policy.data)
+        if not isinstance(policy, Policy):
+            raise TypeError(f"{kind.__name__} has no decide()")
+        thresholds = getattr(policy, "thresholds", page.exits)
+        if len(thresholds) != len(page.exits):
+            raise ValueError(f"{len(thresholds)} thresholds for {len(page.exits)} exits")
+    except (TypeError, ValueError, KeyError) as error:
+        raise FileFormatError(expected=f"a whole {kind.__name__}", got=f"{path}: {error}",
+                              where="load_plan()") from error
+    return Plan(
+        exits=tuple(page.exits), policy=policy, task=page.task, predicted=page.predicted, asked=page.asked,
+        fingerprints=page.fingerprints, split=page.split, notes=tuple(page.notes),
+    )
+
+
+def _version(kind: type) -> int:
+    return int(getattr(kind, "version", 1))
+
+
+def _data(policy: Policy) -> Mapping[str, Any]:
+    if hasattr(policy, "to_json"):
+        return dict(policy.to_json())
+    if dataclasses.is_dataclass(policy) and not isinstance(policy, type):
+        return dataclasses.asdict(policy)
+    raise OfframpError(expected="a policy that can be written", got=type(policy).__name__, where="save_plan()",
+                       todo="make it a dataclass of JSON values, or give it to_json() and from_json().")
+
+
+def _finite(value: Any) -> Any:
+    """NaN in a report of figures (no labels, say) becomes null: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,85 @@
+"""Policies that a search can tune and a runtime can obey. n rows, E exits, K classes."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from offramp.errors import DataError, OfframpError
+from offramp.functional.confidence import BY_NAME
+from offramp.functional.summaries import mean_of_histogram, share_above
+from offramp.types import Evidence
+
+__all__ = ["Thresholds", "checked"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Leave where the confidence reaches the exit's threshold (the label-free paper, 3.3; BranchyNet).
+
+    Where we differ: a disabled exit is None and not a threshold of 1.0, which a float32 softmax reaches.
+    """
+
+    confidence: str = "top"
+    """"top", "margin" or "entropy"."""
+    thresholds: tuple[float | None, ...]
+    """One an exit, the backbone left out; rows with ``score >= threshold`` leave; None: no row leaves."""
+    temperatures: tuple[float, ...] = ()
+    """Classification: logits are divided by these first; empty: by 1."""
+    pixel_thresholds: tuple[float | None, ...] = ()
+    """Dense: an image's score is the share of its pixels whose confidence is at least this bin edge (k/1024); None, or
+    empty: the mean confidence."""
+
+    def __post_init__(self) -> None:
+        for name in ("thresholds", "temperatures", "pixel_thresholds"):
+            values = tuple(None if value is None else float(value) for value in getattr(self, name))
+            object.__setattr__(self, name, values)
+        faults = []
+        if self.confidence not in BY_NAME:
+            faults.append(f"confidence {self.confidence!r}, not one of {', '.join(BY_NAME)}")
+        for name in ("temperatures", "pixel_thresholds"):
+            if len(getattr(self, name)) not in (0, len(self.thresholds)):
+                faults.append(f"{len(getattr(self, name))} {name} for {len(self.thresholds)} thresholds")
+        faults += [f"threshold {t}" for t in self.thresholds if t is not None and not t == t]
+        faults += [f"temperature {t}" for t in self.temperatures if not 0 < t < float("inf")]
+        faults += [f"pixel threshold {t}, off the bin edges" for t in self.pixel_thresholds
+                   if t is not None and (not 0 <= t < 1 or t * 1024 != int(t * 1024))]
+        if faults:
+            raise OfframpError(expected="thresholds that can decide", got="; ".join(faults), where="Thresholds")
+
+    def score(self, exit_index: int, evidence: Evidence) -> Tensor:
+        """What is held against the threshold: (n,), larger is surer."""
+        if evidence.logits is not None:
+            logits = evidence.logits[:, -1]
+            if self.temperatures:
+                logits = logits / self.temperatures[exit_index]
+            return BY_NAME[self.confidence](logits)
+        counts = evidence.histograms[self.confidence][:, -1]
+        pixel = self.pixel_thresholds[exit_index] if self.pixel_thresholds else None
+        return mean_of_histogram(counts) if pixel is None else share_above(counts, pixel)
+
+    def decide(self, exit_index: int, evidence: Evidence) -> Tensor:
+        """Bool (n,): the rows that leave. Raises DataError on NaN, which no threshold can judge."""
+        threshold = self.thresholds[exit_index]
+        score = self.score(exit_index, evidence)
+        if bool(score.isnan().any()):
+            raise DataError(
+                expected="confidences between 0 and 1", where=f"exit {exit_index}",
+                got=f"NaN in row {int(score.isnan().nonzero()[0])} of {len(score)}",
+                todo="look at that input, and at the exit's head.",
+            )
+        if threshold is None:
+            return torch.zeros(len(score), dtype=torch.bool, device=score.device)
+        return score >= threshold
+
+
+def checked(leaves: Tensor, rows: int, exit_index: int) -> Tensor:
+    """A policy's answer, refused where it is not bool (n,): a broadcast there would mix samples."""
+    if leaves.dtype != torch.bool or tuple(leaves.shape) != (rows,):
+        raise OfframpError(
+            expected=f"bool ({rows},) from the policy", got=f"{leaves.dtype} {tuple(leaves.shape)}",
+            where=f"exit {exit_index}", todo="decide() gives one True or False a row.",
+        )
+    return leaves

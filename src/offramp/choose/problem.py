@@ -1,0 +1,144 @@
+"""The search's view of a table: scores, thresholds to choose from, and what leaving does. N samples, E early exits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offramp.choose.policies import Thresholds
+from offramp.errors import PlanError
+from offramp.functional.metrics import mean_iou
+from offramp.table import ExitTable, Unit
+
+__all__ = ["Choice", "Problem", "pose", "tally", "thresholds_between"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Choice = dict[int, int]
+"""Exit -> index of its threshold; exits that are absent are not built."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """Everything that a search needs, as arrays; ``E`` early exits, the backbone being index E."""
+
+    table: ExitTable
+    against: str
+    """"labels" or "backbone"."""
+    unit: Unit
+    batch: int
+    site: tuple[int, ...]
+    """(E,) the site's number of each exit: at most one head a site."""
+    payload: Floats
+    """(N, E + 1, D): what adds up over samples. Classification: the loss against the backbone, D = 1; dense: K * K."""
+    levels: tuple[Floats, ...]
+    """For each exit the thresholds to choose from, falling: the first lets the fewest leave."""
+    codes: Ints
+    """(N, E): at threshold j or any later one the sample leaves, j = codes; len(levels) or more: never."""
+
+    @property
+    def exits(self) -> int:
+        return len(self.levels)
+
+    def loss(self, sums: Floats) -> Floats:
+        """Quality lost when the payloads add up to (..., D): a fraction; 0 for the backbone alone."""
+        if self.table.task == "classify":
+            out: Floats = sums[..., 0] / len(self.table)
+            return out
+        classes = self.table.num_classes
+
+        def quality(flat: Floats) -> Floats:
+            values: Floats = mean_iou(torch.from_numpy(flat).view(*flat.shape[:-1], classes, classes)).numpy()
+            return values
+
+        dense: Floats = quality(self.payload[:, -1].sum(axis=0)) - quality(sums)
+        return dense
+
+    def path(self, exits: tuple[int, ...]) -> Floats:
+        """(len + 1,) what a sample pays that leaves at each of these exits, or at the end."""
+        return self.table.costs.path((*exits, self.exits), self.unit, batch=self.batch)
+
+    def run(self, choice: Choice) -> tuple[Ints, float, float]:
+        """(the column (N,) where each sample leaves, mean cost, loss) of thresholds ``levels[e][choice[e]]``."""
+        exits = tuple(sorted(choice))
+        leaves = np.ones((len(self.codes), len(exits) + 1), bool)
+        for place, e in enumerate(exits):
+            leaves[:, place] = self.codes[:, e] <= choice[e]
+        at = leaves.argmax(axis=1)
+        column = np.array((*exits, self.exits))[at]
+        sums = self.payload[np.arange(len(column)), column].sum(axis=0)
+        return column, float(self.path(exits)[at].mean()), float(self.loss(sums))
+
+
+def pose(table: ExitTable, policy: Thresholds, *, against: str, unit: Unit, batch: int, steps: int) -> Problem:
+    """Score every sample at every exit by the policy itself, and lay the thresholds between the scores."""
+    exits = len(table.columns) - 1
+    scores = np.stack(
+        [policy.score(e, table.evidence([e])).double().numpy() for e in range(exits)], axis=1
+    ) if exits else np.zeros((len(table), 0))
+    levels = tuple(thresholds_between(scores[:, e], steps) for e in range(exits))
+    codes = np.stack(
+        # levels fall, so the first that the score reaches is the number of levels above it
+        [len(level) - np.searchsorted(level[::-1], scores[:, e], side="right") for e, level in enumerate(levels)],
+        axis=1,
+    ) if exits else np.zeros((len(table), 0), np.int64)
+    sites = list(dict.fromkeys(column.site for column in table.columns))
+    return Problem(
+        table=table, against=against, unit=unit, batch=batch, payload=_payload(table, against), levels=levels,
+        codes=codes, site=tuple(sites.index(column.site) for column in table.columns[:-1]),
+    )
+
+
+def thresholds_between(scores: Floats, steps: int) -> Floats:
+    """At most ``steps`` thresholds, falling, each midway between two neighbouring observed scores; the last lets all leave.
+
+    They lie near equal steps of rank; near each step the widest gap is taken, so that the last bit of a score, which
+    changes with the batch size, seldom flips a decision. The lowest stands as far below the lowest score as that
+    allows.
+    """
+    values = np.unique(scores)  # rising
+    if not len(values):
+        return np.zeros(0)
+    rank = np.searchsorted(np.sort(scores), values[1:], side="left")  # samples below the gap before values[1:]
+    gaps, middles = np.diff(values), values[:-1] + np.diff(values) / 2
+    usable = middles > values[:-1]  # neighbours one bit apart have no middle: score >= middle would still part them
+    rank, gaps, middles = rank[usable], gaps[usable], middles[usable]
+    lowest = max(values[0] - 1e-3, 0.0) if values[0] > 0 else values[0] - 1e-3
+    if len(middles) > steps - 1:
+        wanted = np.linspace(0, len(scores), steps + 1)[1:-1]
+        reach = len(scores) / steps / 2
+        kept = set()
+        for target in wanted:
+            first, last = np.searchsorted(rank, [target - reach, target + reach])
+            if last > first:
+                kept.add(int(first + gaps[first:last].argmax()))
+        middles = middles[sorted(kept)]
+    return np.concatenate([middles[::-1], [lowest]])
+
+
+def tally(codes: Ints, amounts: Floats, count: int) -> Floats:
+    """What the leavers add up to at each of ``count`` falling thresholds: codes (n,), amounts (n, D) -> (count, D)."""
+    sums = [np.bincount(codes, amounts[:, d], minlength=count + 1)[:count] for d in range(amounts.shape[1])]
+    return np.stack(sums, axis=1).astype(np.float64).cumsum(axis=0)
+
+
+def _payload(table: ExitTable, against: str) -> Floats:
+    if table.task == "dense":
+        matrices = table.confusion if against == "labels" else table.agreement_confusion
+        if matrices is None:
+            raise _unlabelled()
+        return matrices.double().flatten(2).numpy()
+    assert table.logits is not None
+    said = table.logits.argmax(dim=-1)
+    if against == "backbone":
+        return (said != said[:, -1:]).double().numpy()[..., None]
+    if table.labels is None:
+        raise _unlabelled()
+    right = said == table.labels[:, None]
+    return (right[:, -1:].double() - right.double()).numpy()[..., None]
+
+
+def _unlabelled() -> PlanError:
+    return PlanError(expected="a table with labels", got="one without", where="search(against='labels')",
+                     todo="search against='backbone', which bounds the loss by disagreement (Eq. 3).")

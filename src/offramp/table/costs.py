@@ -1,0 +1,141 @@
+"""What leaving at each column of a table costs. E exits, the last being the backbone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.errors import FileFormatError, OfframpError, PlanError
+
+__all__ = ["Costs", "Latency", "Unit"]
+
+Unit = Literal["macs", "latency_ms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Measured times of one setting; every sequence has one value a column, milliseconds a batch of ``batch``."""
+
+    device: str
+    engine: str
+    dtype: str
+    batch: int
+    backbone_p50_ms: tuple[float, ...]
+    """Cumulative, input to site; of the last column: the whole staged backbone."""
+    backbone_p95_ms: tuple[float, ...]
+    head_p50_ms: tuple[float, ...]
+    """The head alone with its decision; 0 for the last column."""
+    head_p95_ms: tuple[float, ...]
+    dense_p50_ms: float
+    """The untouched network under the same timer."""
+    dense_p95_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Costs of each column, backbone and head apart, so that any choice of exits can be priced."""
+
+    macs: tuple[int, ...]
+    """Of the backbone, a sample, input to site: cumulative."""
+    head_macs: tuple[int, ...]
+    """A sample; 0 for the last column."""
+    param_bytes: tuple[int, ...]
+    """Of the backbone, input to site: cumulative."""
+    head_param_bytes: tuple[int, ...]
+    peak_bytes: tuple[int, ...]
+    latency: tuple[Latency, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("macs", "head_macs", "param_bytes", "head_param_bytes", "peak_bytes"):
+            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
+        object.__setattr__(self, "latency", tuple(self.latency))
+        columns = len(self.macs)
+        faults = [
+            f"{name} has {len(getattr(self, name))} values"
+            for name in ("head_macs", "param_bytes", "head_param_bytes", "peak_bytes")
+            if len(getattr(self, name)) != columns
+        ]
+        for index, one in enumerate(self.latency):
+            faults += [
+                f"latency[{index}].{name} has {len(getattr(one, name))} values" for name in _TIMES
+                if len(getattr(one, name)) != columns
+            ]
+        if not faults and columns:
+            if any(later < sooner for sooner, later in zip(self.macs, self.macs[1:], strict=False)):
+                faults.append(f"macs {self.macs} fall with depth")
+            if self.head_macs[-1]:
+                faults.append(f"the last column, the backbone itself, has a head of {self.head_macs[-1]} macs")
+        if faults:
+            raise OfframpError(expected=f"{columns} columns of costs in order of depth", got="; ".join(faults),
+                               where="Costs")
+
+    def path(self, columns: Sequence[int], unit: Unit = "macs", *, batch: int = 1, device: str | None = None,
+             engine: str | None = None, dtype: str | None = None) -> NDArray[np.float64]:
+        """What a sample pays that leaves at each of the chosen columns, the heads passed on the way counted.
+
+        ``columns`` are indices in order of depth. ``latency_ms`` is the median time of a batch divided by ``batch``,
+        so a row that leaves is taken to give back its share of the batch; what shrinking really gives back is for
+        the runtime to measure. Where several settings were measured, ``device``, ``engine`` and ``dtype`` pick one,
+        else the first with that batch.
+        """
+        chosen = list(columns)
+        if unit == "macs":
+            body, head = np.array(self.macs, np.float64), np.array(self.head_macs, np.float64)
+        elif unit == "latency_ms":
+            one = self.at(batch=batch, device=device, engine=engine, dtype=dtype)
+            body, head = np.array(one.backbone_p50_ms) / batch, np.array(one.head_p50_ms) / batch
+        else:
+            raise OfframpError(expected="unit 'macs' or 'latency_ms'", got=repr(unit), where="Costs.path()")
+        priced: NDArray[np.float64] = body[chosen] + np.cumsum(head[chosen])
+        return priced
+
+    def at(self, *, batch: int = 1, device: str | None = None, engine: str | None = None,
+           dtype: str | None = None) -> Latency:
+        """The first measured latency of this setting."""
+        for one in self.latency:
+            if one.batch == batch and device in (None, one.device) and engine in (None, one.engine) \
+                    and dtype in (None, one.dtype):
+                return one
+        known = [f"batch {one.batch} on {one.device}, {one.engine}, {one.dtype}" for one in self.latency]
+        raise PlanError(
+            expected=f"latencies measured at batch {batch}"
+                     + "".join(f", {name} {value}" for name, value in
+                               (("device", device), ("engine", engine), ("dtype", dtype)) if value),
+            got=f"{'; '.join(known) or 'none'}", where="Costs",
+            todo="record the table with that setting, or minimise 'macs'.",
+        )
+
+    def select(self, columns: Sequence[int]) -> "Costs":
+        """The costs of some columns, in the given order."""
+        def pick(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[column] for column in columns)
+
+        return Costs(
+            **{name: pick(getattr(self, name)) for name in _COUNTS},
+            latency=tuple(
+                Latency(**{field.name: pick(getattr(one, field.name)) if field.name in _TIMES
+                           else getattr(one, field.name) for field in fields(one)})
+                for one in self.latency
+            ),
+        )
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Costs":
+        """Read what ``dataclasses.asdict`` gave."""
+        try:
+            return Costs(
+                **{name: tuple(data[name]) for name in _COUNTS},
+                latency=tuple(
+                    Latency(**{**one, **{name: tuple(map(float, one[name])) for name in _TIMES}})
+                    for one in data["latency"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(expected="costs as ExitTable.save writes them", got=repr(error),
+                                  where="Costs.from_json()") from error
+
+
+_COUNTS = ("macs", "head_macs", "param_bytes", "head_param_bytes", "peak_bytes")
+_TIMES = ("backbone_p50_ms", "backbone_p95_ms", "head_p50_ms", "head_p95_ms")
