@@ -7,8 +7,8 @@ through who has left before, so no order of the exits makes the problem a dynami
 1. *Best response* (exact): the others' thresholds fixed, one pass over the samples gives the best threshold of an exit
    among all J, or its absence, for cost + price * loss. Sweeping it over the exits only ever falls, and ends where no
    single exit can do better.
-2. The price is bisected so that the loss meets the tolerance. Sums of samples' losses are exact for accuracy; for mIoU the
-   loss is made linear at the present mixture, anew in each sweep, and judged exactly.
+2. The price is bisected so that the loss meets the tolerance. Sums of samples' losses are exact for accuracy; for mIoU
+   the loss is made linear at the present mixture, anew at each step, and judged exactly.
 3. Every subset of exits starts its own descent at the price found; the best ones are bisected on their own.
 4. *Refinement under the constraint*: moves of one exit, and of two at a time, that lower the cost at a loss within the
    tolerance, judged exactly, until none is left.
@@ -109,7 +109,7 @@ class _Board:
         return cost + price * loss
 
     def losses(self, choice: Choice) -> Floats:
-        """(N, E + 1) what each sample's leaving at each column adds to the loss, times N; linear at this mixture for mIoU."""
+        """(N, E + 1) what leaving at each column adds to the loss, times N; for mIoU linear at this mixture."""
         if self._loss is not None:
             return self._loss
         problem = self.problem
@@ -203,7 +203,7 @@ class _Board:
     # ---- under the constraint -----------------------------------------------------------------------------------
 
     def best_within(self, choice: Choice, e: int, allowed: float) -> Scored:
-        """The cheapest threshold of ``e``, or none, at a loss within what is allowed, the others fixed; judged exactly."""
+        """The cheapest threshold of ``e``, or none, at an allowed loss, the others fixed; judged exactly."""
         problem = self.problem
         others = {p: j for p, j in choice.items() if p != e}
         without = self.judged(others, allowed)

@@ -102,7 +102,7 @@ def _version(kind: type) -> int:
     return int(getattr(kind, "version", 1))
 
 
-def _data(policy: Policy) -> Mapping[str, Any]:
+def _data(policy: object) -> Mapping[str, Any]:
     if hasattr(policy, "to_json"):
         return dict(policy.to_json())
     if dataclasses.is_dataclass(policy) and not isinstance(policy, type):

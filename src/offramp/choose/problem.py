@@ -91,7 +91,7 @@ def pose(table: ExitTable, policy: Thresholds, *, against: str, unit: Unit, batc
 
 
 def thresholds_between(scores: Floats, steps: int) -> Floats:
-    """At most ``steps`` thresholds, falling, each midway between two neighbouring observed scores; the last lets all leave.
+    """At most ``steps`` falling thresholds, each midway between two neighbouring observed scores; the last lets all go.
 
     They lie near equal steps of rank; near each step the widest gap is taken, so that the last bit of a score, which
     changes with the batch size, seldom flips a decision. The lowest stands as far below the lowest score as that

@@ -99,7 +99,7 @@ class Replay:
 
     @property
     def drop(self) -> float | None:
-        """Backbone's quality less the plan's (Eq. 2 of the label-free paper, over all exits); negative: the exits help."""
+        """Backbone's quality less the plan's (Eq. 2 of the label-free paper, all exits); negative: the exits help."""
         if self.quality is None or self.backbone_quality is None:
             return None
         return self.backbone_quality - self.quality
@@ -187,7 +187,7 @@ def replay(table: ExitTable, plan: Plan, *, batch: int = 1) -> Replay:
             break
         leaves = torch.cat([
             checked(plan.policy.decide(k, table.evidence(columns[: k + 1], rows)).cpu(), len(rows), k)
-            for rows in alive.split(_CHUNK)
+            for rows in torch.split(alive, _CHUNK)
         ])
         exit_index[alive[leaves]] = k
         alive = alive[~leaves]

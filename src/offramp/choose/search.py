@@ -30,9 +30,9 @@ def search(
     ``against``: with labels the loss is the fall of accuracy or mIoU (Eq. 2 of the label-free paper); without, the
     disagreement with the backbone (Eq. 3), an upper bound of it. "auto" takes labels where the table has them.
 
-    ``tolerance``: "halving" grants the n-th site max_drop / 2^n and "even" each site of the subset the same share, every
-    exit judged alone as the paper does; the subset is then the cheapest of all. "joint" spends the tolerance where it
-    saves most (``offramp.choose.joint`` says what is proven).
+    ``tolerance``: "halving" grants the n-th site max_drop / 2^n and "even" each exit of the subset the same share,
+    every exit judged alone as the paper does; the subset is then the cheapest of all. "joint" spends the tolerance
+    where it saves most (``offramp.choose.joint`` says what is proven).
 
     The plan without exits is always feasible; where nothing better is found it is returned, and its notes say so.
     """

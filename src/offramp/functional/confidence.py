@@ -46,7 +46,8 @@ def entropy(logits: Tensor) -> Tensor:
     [0.0, 1.0]
     """
     probs = _probs(logits)
-    return (1 - torch.special.entr(probs).sum(dim=1) / math.log(probs.shape[1])).clamp(0.0, 1.0)
+    spread: Tensor = torch.special.entr(probs).sum(dim=1)
+    return (1 - spread / math.log(probs.shape[1])).clamp(0.0, 1.0)
 
 
 BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {"top": top, "margin": margin, "entropy": entropy}
@@ -56,7 +57,8 @@ BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {"top": top, "margin": margin, 
 def _probs(logits: Tensor) -> Tensor:
     if logits.ndim not in (2, 4) or logits.shape[1] < 2:
         raise OfframpError(
-            expected="logits (N, K) or (N, K, H, W) with K >= 2", got=f"shape {tuple(logits.shape)}", where="confidence",
+            expected="logits (N, K) or (N, K, H, W) with K >= 2", where="confidence",
+            got=f"shape {tuple(logits.shape)}",
             todo="score one exit at a time: top(logits_NEK[:, e]).",
         )
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)

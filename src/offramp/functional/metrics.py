@@ -48,7 +48,7 @@ def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def iou(matrix: Tensor) -> Tensor:
-    """Intersection over union of each class: (..., K, K) -> (..., K) float64, NaN for a class in neither rows nor columns."""
+    """Intersection over union of each class: (..., K, K) -> (..., K) float64; NaN for a class that never occurs."""
     matrix = matrix.double()
     hit = matrix.diagonal(dim1=-2, dim2=-1)
     return hit / (matrix.sum(dim=-1) + matrix.sum(dim=-2) - hit)

@@ -38,9 +38,10 @@ class DenseSummary:
 
 
 def histogram(confidence: Tensor) -> Tensor:
-    """Count pixels by confidence: (n, ...) in [0, 1] -> (n, 1024) int32; bin b holds [b/1024, (b+1)/1024), the last 1.0 too.
+    """Count pixels by confidence: (n, ...) in [0, 1] -> (n, 1024) int32.
 
-    The width is a power of two, so that ``confidence * 1024`` is exact and no pixel lands beside its bin.
+    Bin b holds [b/1024, (b+1)/1024), the last one 1.0 too. The width is a power of two, so that
+    ``confidence * 1024`` is exact and no pixel lands beside its bin.
 
     >>> histogram(torch.tensor([[0.0, 0.5, 1.0]]))[0, [0, 512, 1023]].tolist()
     [1, 1, 1]
@@ -80,7 +81,8 @@ def summarise(logits: Tensor, *, confidences: Sequence[str] = CONFIDENCES) -> De
     Raises DataError where a pixel is NaN or infinite, naming the row.
     """
     if logits.ndim != 4:
-        raise OfframpError(expected="pixel logits (n, K, H, W)", got=f"shape {tuple(logits.shape)}", where="summarise()")
+        raise OfframpError(expected="pixel logits (n, K, H, W)", got=f"shape {tuple(logits.shape)}",
+                           where="summarise()")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probs = logits.softmax(dim=1).mean(dim=(2, 3))
     broken = probs.isnan().any(dim=1)

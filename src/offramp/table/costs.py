@@ -1,7 +1,7 @@
 """What leaving at each column of a table costs. E exits, the last being the backbone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -115,9 +115,7 @@ class Costs:
         return Costs(
             **{name: pick(getattr(self, name)) for name in _COUNTS},
             latency=tuple(
-                Latency(**{field.name: pick(getattr(one, field.name)) if field.name in _TIMES
-                           else getattr(one, field.name) for field in fields(one)})
-                for one in self.latency
+                replace(one, **{name: pick(getattr(one, name)) for name in _TIMES}) for one in self.latency
             ),
         )
 

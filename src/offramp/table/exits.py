@@ -3,7 +3,7 @@
 Axes: N samples, E exits (columns; the last is the backbone itself), K classes, B = 1024 bins.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -188,18 +188,21 @@ class ExitTable:
                 raise OfframpError(expected="tables of one network and one data set", got="; ".join(faults),
                                    where="ExitTable.concat()", todo="record them again with the same network.")
         marks = dict.fromkeys(table.fingerprints["split"] for table in tables)
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(table, name) for table in tables]) for name in _TENSORS
+            if getattr(first, name) is not None
+        }
         return replace(
             first, split="+".join(dict.fromkeys(table.split for table in tables)),
             fingerprints={**first.fingerprints, "split": "+".join(marks)},
             histograms={name: torch.cat([table.histograms[name] for table in tables]) for name in first.histograms},
-            **{name: torch.cat([getattr(table, name) for table in tables]) for name in _TENSORS
-               if getattr(first, name) is not None},
+            **joined,
         )
 
     # ---- files ------------------------------------------------------------------------------------------------
 
     def save(self, path: Path | str) -> Path:
-        """Write ``table.json`` and its safetensors into a folder (or ``NAME.json`` where given); returns the page's path.
+        """Write ``table.json`` and its safetensors into a folder, or ``NAME.json`` where given; returns the page.
 
         A reader sees the old table or the new one, never a mixture; with no room on the disk the old one stays.
         """
@@ -226,7 +229,7 @@ class ExitTable:
                 costs=Costs.from_json(record["costs"]), class_names=tuple(record["class_names"]), meta=record["meta"],
                 histograms={name.removeprefix("histogram."): tensor for name, tensor in tensors.items()
                             if name.startswith("histogram.")},
-                **{name: tensor for name, tensor in tensors.items() if not name.startswith("histogram.")},  # type: ignore[arg-type]
+                **{name: tensor for name, tensor in tensors.items() if not name.startswith("histogram.")},
             )
             if len(table) != record["samples"]:
                 raise ValueError(f"{len(table)} samples, {record['samples']} promised")
@@ -237,12 +240,12 @@ class ExitTable:
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
-    def _tensors(self, change: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _tensors(self, change: Callable[[Tensor, str], Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = {name: change(getattr(self, name), axes) for name, axes in _TENSORS.items()
                    if getattr(self, name) is not None}
         return tensors, {name: change(counts, "NEB") for name, counts in self.histograms.items()}
 
-    def _map(self, change: Any) -> "ExitTable":
+    def _map(self, change: Callable[[Tensor, str], Tensor]) -> "ExitTable":
         tensors, histograms = self._tensors(change)
         return replace(self, histograms=histograms, **tensors)
 
@@ -285,14 +288,19 @@ class ExitTable:
     def _refuse_nan(self) -> None:
         for name in ("logits", "probs", "agreement"):
             tensor = getattr(self, name)
-            if tensor is None or bool(torch.isfinite(tensor).all()):
+            if tensor is None or not bool(_broken(tensor).any()):
                 continue
-            sample, column = (~torch.isfinite(tensor)).nonzero()[0, :2].tolist()
+            sample, column = _broken(tensor).nonzero()[0, :2].tolist()
             raise DataError(
                 expected=f"finite {name}", where="ExitTable",
                 got=f"NaN or infinity for sample {sample} at exit {self.names[column]!r}",
                 todo="look at that sample's input, and at the exit's head.",
             )
+
+
+def _broken(tensor: Tensor) -> Tensor:
+    # -inf is how a network masks a class; a softmax of it is sound, of +inf it is not
+    return tensor.isnan() | (tensor == float("inf"))
 
 
 def _page(path: Path | str) -> Path:

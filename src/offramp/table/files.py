@@ -49,7 +49,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> Path:
 
 
 def write_tensors(page: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write ``page`` (JSON) and the tensors beside it, in a file named by its hash; renaming the page is the one commit."""
+    """Write ``page`` (JSON) and the tensors beside it, in a file named by its hash; renaming the page commits both."""
     data = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     payload = page.with_name(f"{page.stem}-{digest[:12]}.safetensors")
@@ -92,9 +92,10 @@ def read_json(path: Path, *, format: str, version: int) -> dict[str, Any]:
 def read_tensors(page: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read the tensors that a page names, after checking their hash; runs no code from the file."""
     named = record.get("tensors")
-    if not isinstance(named, dict) or not isinstance(named.get("file"), str) or Path(named["file"]).name != named["file"]:
+    file = named.get("file") if isinstance(named, dict) else None
+    if not isinstance(named, dict) or not isinstance(file, str) or Path(file).name != file:
         raise _damaged(page, "tensors", f"{named!r} does not name a file beside it")
-    path = page.with_name(named["file"])
+    path = page.with_name(file)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -103,9 +104,10 @@ def read_tensors(page: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     if hashlib.sha256(data).hexdigest() != named.get("sha256"):
         raise _damaged(path, "tensors", "another hash than its page says")
     try:
-        return safetensors.torch.load(data)
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise _damaged(path, "tensors", str(error)) from error
+    return tensors
 
 
 def _damaged(path: Path, format: str, why: str) -> FileFormatError:
