@@ -123,8 +123,9 @@ def collect(
         seed_all(recipe.seed, 0)
         if meta["key"] == key and meta["first"] == _digest(next(iter(source.sweep()))):
             return _open(folder, meta, recipe)
-        shutil.rmtree(folder)
     try:
+        if folder.exists():
+            shutil.rmtree(folder)
         meta = {"key": key, **_write(net, source, recipe, part, limit_bytes, device)}
         (part / "meta.json").write_text(json.dumps(meta))
         part.rename(folder)
