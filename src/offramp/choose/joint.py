@@ -91,8 +91,7 @@ class _Board:
         self.head = np.array([pair[1] - self.scale for pair in ends])
         self.body = np.array([*(pair[0] for pair in ends), self.scale]) - np.array([*self.head, 0.0])
         self.rows = np.arange(len(problem.codes))
-        self.additive = problem.table.task == "classify"
-        self._loss = problem.payload[..., 0] / 1.0 if self.additive else None
+        self._loss = problem.payload[:, :, -1, 0] if problem.table.task == "classify" else None
 
     # ---- judging ----------------------------------------------------------------------------------------------
 
@@ -114,7 +113,8 @@ class _Board:
             return self._loss
         problem = self.problem
         column, _, _ = problem.run(choice)
-        sums = problem.payload[self.rows, column].sum(axis=0)
+        believed = problem.payload[:, :, -1]
+        sums = believed[self.rows, column].sum(axis=0)
         classes = problem.table.num_classes
         matrix = sums.reshape(classes, classes)
         hit = np.diag(matrix)
@@ -124,7 +124,7 @@ class _Board:
         by_union = np.where(alive, -hit / safe**2, 0.0)
         slope = by_union[:, None] + by_union[None, :]
         slope[np.arange(classes), np.arange(classes)] = np.where(alive, 1 / safe - hit / safe**2, 0.0)
-        linear: Floats = -(problem.payload @ slope.ravel()) / max(int(alive.sum()), 1) * len(self.rows)
+        linear: Floats = -(believed @ slope.ravel()) / max(int(alive.sum()), 1) * len(self.rows)
         return linear
 
     # ---- best responses ---------------------------------------------------------------------------------------

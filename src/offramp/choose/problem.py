@@ -1,5 +1,6 @@
 """The search's view of a table: scores, thresholds to choose from, and what leaving does. N samples, E early exits."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from offramp.choose.policies import Thresholds
+from offramp.choose.smooth import expected, expected_counts
 from offramp.errors import PlanError
 from offramp.functional.metrics import mean_iou
 from offramp.table import ExitTable, Unit
@@ -31,7 +33,8 @@ class Problem:
     site: tuple[int, ...]
     """(E,) the site's number of each exit: at most one head a site."""
     payload: Floats
-    """(N, E + 1, D): what adds up over samples. Classification: the loss against the backbone, D = 1; dense: K * K."""
+    """(N, E + 1, V, D): what adds up over samples. Classification: the loss against the backbone, D = 1; dense: K * K.
+    Views: as observed and, where smoothed, as expected of such scores; the last is what the search believes in."""
     levels: tuple[Floats, ...]
     """For each exit the thresholds to choose from, falling: the first lets the fewest leave."""
     codes: Ints
@@ -41,18 +44,23 @@ class Problem:
     def exits(self) -> int:
         return len(self.levels)
 
-    def loss(self, sums: Floats) -> Floats:
-        """Quality lost when the payloads add up to (..., D): a fraction; 0 for the backbone alone."""
+    def loss(self, sums: Floats, base: Floats | None = None) -> Floats:
+        """Quality lost when payloads add up to (..., V, D), in the worst view: a fraction; 0 for the backbone alone.
+
+        ``base`` is what the backbone's own add up to, where other samples than these were drawn.
+        """
         if self.table.task == "classify":
-            out: Floats = sums[..., 0] / len(self.table)
+            out: Floats = sums[..., 0].max(axis=-1) / len(self.table)
             return out
         classes = self.table.num_classes
 
         def quality(flat: Floats) -> Floats:
-            values: Floats = mean_iou(torch.from_numpy(flat).view(*flat.shape[:-1], classes, classes)).numpy()
+            matrix = torch.from_numpy(np.ascontiguousarray(flat)).view(*flat.shape[:-1], classes, classes)
+            values: Floats = mean_iou(matrix).numpy()
             return values
 
-        dense: Floats = quality(self.payload[:, -1].sum(axis=0)) - quality(sums)
+        untouched = self.payload[:, -1].sum(axis=0) if base is None else base
+        dense: Floats = (quality(untouched) - quality(sums)).max(axis=-1)
         return dense
 
     def path(self, exits: tuple[int, ...]) -> Floats:
@@ -70,8 +78,25 @@ class Problem:
         sums = self.payload[np.arange(len(column)), column].sum(axis=0)
         return column, float(self.path(exits)[at].mean()), float(self.loss(sums))
 
+    def upper(self, choice: Choice, level: float, *, repeats: int = 400, seed: int = 0) -> float:
+        """One-sided upper bound of the loss: what was found plus what drawing the samples anew adds, by bootstrap.
 
-def pose(table: ExitTable, policy: Thresholds, *, against: str, unit: Unit, batch: int, steps: int) -> Problem:
+        Each draw holds one more sample that every early exit gets wrong, lest a loss of zero seem certain.
+        """
+        column, _, loss = self.run(choice)
+        samples = len(column)
+        taken, base = self.payload[np.arange(samples), column][:, :1], self.payload[:, -1][:, :1]
+        draws = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), repeats).astype(float)
+        shape = (repeats, *taken.shape[1:])
+        sums = (draws @ taken.reshape(samples, -1)).reshape(shape)
+        bases = (draws @ base.reshape(samples, -1)).reshape(shape)
+        pseudo = 1 / samples if self.table.task == "classify" and choice else 0.0
+        seen = float(self.loss(taken.sum(axis=0), base.sum(axis=0)))
+        return loss + float(np.quantile(self.loss(sums, bases), level)) + pseudo - seen
+
+
+def pose(table: ExitTable, policy: Thresholds, *, against: str, unit: Unit, batch: int, steps: int,
+         smooth: bool) -> Problem:
     """Score every sample at every exit by the policy itself, and lay the thresholds between the scores."""
     exits = len(table.columns) - 1
     scores = np.stack(
@@ -83,9 +108,16 @@ def pose(table: ExitTable, policy: Thresholds, *, against: str, unit: Unit, batc
         [len(level) - np.searchsorted(level[::-1], scores[:, e], side="right") for e, level in enumerate(levels)],
         axis=1,
     ) if exits else np.zeros((len(table), 0), np.int64)
+    seen = _payload(table, against)
+    views = [seen]
+    if smooth and exits:
+        told = expected if table.task == "classify" else expected_counts
+        # what an exit changes is smoothed; the backbone's own answers stay as they are
+        change = told(scores, seen[:, :-1] - seen[:, -1:])
+        views.append(np.concatenate([seen[:, -1:] + change, seen[:, -1:]], axis=1))
     sites = list(dict.fromkeys(column.site for column in table.columns))
     return Problem(
-        table=table, against=against, unit=unit, batch=batch, payload=_payload(table, against), levels=levels,
+        table=table, against=against, unit=unit, batch=batch, payload=np.stack(views, axis=2), levels=levels,
         codes=codes, site=tuple(sites.index(column.site) for column in table.columns[:-1]),
     )
 
@@ -118,9 +150,10 @@ def thresholds_between(scores: Floats, steps: int) -> Floats:
 
 
 def tally(codes: Ints, amounts: Floats, count: int) -> Floats:
-    """What the leavers add up to at each of ``count`` falling thresholds: codes (n,), amounts (n, D) -> (count, D)."""
-    sums = [np.bincount(codes, amounts[:, d], minlength=count + 1)[:count] for d in range(amounts.shape[1])]
-    return np.stack(sums, axis=1).astype(np.float64).cumsum(axis=0)
+    """What leavers add up to at each of ``count`` falling thresholds: codes (n,), amounts (n, ...) -> (count, ...)."""
+    flat = amounts.reshape(len(amounts), math.prod(amounts.shape[1:]))
+    sums = [np.bincount(codes, flat[:, d], minlength=count + 1)[:count] for d in range(flat.shape[1])]
+    return np.stack(sums, axis=1).astype(np.float64).cumsum(axis=0).reshape(count, *amounts.shape[1:])
 
 
 def _payload(table: ExitTable, against: str) -> Floats:

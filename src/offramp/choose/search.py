@@ -24,6 +24,7 @@ def search(
     table: ExitTable, *, max_drop: float = 0.01, minimise: Unit = "macs", tolerance: Tolerance = "joint",
     confidence: str = "top", max_exits: int | None = None, against: Literal["auto", "labels", "backbone"] = "auto",
     batch: int = 1, steps: int = 100, temperatures: Sequence[float] | None = None,
+    smooth: bool | None = None, confidence_level: float | None = None,
 ) -> Plan:
     """The cheapest plan on this table that loses at most ``max_drop`` (a fraction: 0.01 is one point) to the backbone.
 
@@ -33,6 +34,13 @@ def search(
     ``tolerance``: "halving" grants the n-th site max_drop / 2^n and "even" each exit of the subset the same share,
     every exit judged alone as the paper does; the subset is then the cheapest of all. "joint" spends the tolerance
     where it saves most (``offramp.choose.joint`` says what is proven).
+
+    ``smooth``: hold the loss to ``max_drop`` both as observed and as a regression on the scores expects it, so that the
+    search does not spend the luck of these samples; None: for "joint" alone, as the paper knows no such thing.
+    ``confidence_level``, such as 0.95: hold the upper bound of the loss to ``max_drop`` instead of the loss itself.
+
+    ``steps`` thresholds an exit are tried. ``temperatures`` (one a column but the last; ``calibrate`` fits them) are
+    built into the policy. ``minimise="latency_ms"`` reads the times measured at ``batch``.
 
     The plan without exits is always feasible; where nothing better is found it is returned, and its notes say so.
     """
@@ -54,8 +62,9 @@ def search(
             temperatures=fitted if table.task == "classify" else (),
             pixel_thresholds=(pixel,) * exits if table.task == "dense" else (),
         )
-        problem = pose(table, policy, against=against, unit=minimise, batch=batch, steps=steps)
-        choice = _choose(problem, max_drop, tolerance, max_exits)
+        problem = pose(table, policy, against=against, unit=minimise, batch=batch, steps=steps,
+                       smooth=tolerance == "joint" if smooth is None else smooth)
+        choice = _choose(problem, max_drop, tolerance, max_exits, confidence_level)
         chosen = tuple(sorted(choice))
         _, cost, loss = problem.run(choice)
         if best is None or cost < best.cost:
@@ -67,7 +76,8 @@ def search(
     plan = Plan(
         exits=tuple(table.names[e] for e in best.exits), policy=best.policy, task=table.task,
         asked={"max_drop": max_drop, "minimise": minimise, "tolerance": tolerance, "confidence": confidence,
-               "max_exits": max_exits, "against": against, "batch": batch, "steps": steps},
+               "max_exits": max_exits, "against": against, "batch": batch, "steps": steps,
+               "smooth": smooth, "confidence_level": confidence_level},
         fingerprints=dict(table.fingerprints), split=table.split, notes=tuple(notes),
     )
     return replace(plan, predicted={**replay(table, plan, batch=batch).figures(), "loss": best.loss,
@@ -82,11 +92,21 @@ class _Found:
     exits: tuple[int, ...]
 
 
-def _choose(problem: Problem, max_drop: float, tolerance: Tolerance, max_exits: int | None) -> Choice:
-    apart = _apart(problem, max_drop, "halving" if tolerance == "halving" else "even", max_exits)
-    if tolerance != "joint":
-        return apart
-    return best_joint(problem, max_drop, max_exits=max_exits, starts=(apart,))
+def _choose(problem: Problem, max_drop: float, tolerance: Tolerance, max_exits: int | None,
+            level: float | None) -> Choice:
+    allowed = max_drop
+    for _ in range(8):
+        choice = _apart(problem, allowed, "halving" if tolerance == "halving" else "even", max_exits)
+        if tolerance == "joint":
+            choice = best_joint(problem, allowed, max_exits=max_exits, starts=(choice,))
+        if level is None or not choice:
+            return choice
+        over = problem.upper(choice, level) - max_drop
+        if over <= 0:
+            return choice
+        # aim at what the bound leaves over; halve where it leaves nothing
+        allowed = allowed - over if over < allowed else allowed / 2
+    return {}
 
 
 def _apart(problem: Problem, max_drop: float, tolerance: Tolerance, max_exits: int | None) -> Choice:

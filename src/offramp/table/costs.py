@@ -32,6 +32,11 @@ class Latency:
     """The untouched network under the same timer."""
     dense_p95_ms: float
 
+    def select(self, columns: Sequence[int]) -> "Latency":
+        """The times of some columns, in the given order."""
+        times: dict[str, Any] = {name: tuple(getattr(self, name)[column] for column in columns) for name in _TIMES}
+        return replace(self, **times)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
@@ -114,9 +119,7 @@ class Costs:
 
         return Costs(
             **{name: pick(getattr(self, name)) for name in _COUNTS},
-            latency=tuple(
-                replace(one, **{name: pick(getattr(one, name)) for name in _TIMES}) for one in self.latency
-            ),
+            latency=tuple(one.select(columns) for one in self.latency),
         )
 
     @staticmethod
