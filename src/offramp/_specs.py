@@ -39,7 +39,8 @@ def parse(text: str) -> Spec:
     if not mark or "=" not in query:
         head, query = text.strip(), ""
     kind, _, name = head.partition(":")
-    return Spec(text=text, kind=kind, name=name, options={k: _value(v) for k, v in parse_qsl(query, keep_blank_values=True)})
+    options = {key: _value(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    return Spec(text=text, kind=kind, name=name, options=options)
 
 
 def _value(text: str) -> Any:

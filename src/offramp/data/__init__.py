@@ -1,10 +1,19 @@
-"""Readers of public on-disk layouts, and the built-in street scenes."""
+"""Readers of public on-disk layouts, and the built-in street scenes.
+
+A stranger's data comes in as ``package.module:callable`` (see ``load_data``) or as a ``Source`` of ``Split``s.
+"""
 
 from offramp.data.base import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Joined, Prepare, Source, Split
+from offramp.data.camvid import CAMVID_CLASSES, camvid
 from offramp.data.cifar10 import CIFAR10_CLASSES, Cifar10Split, cifar10
+from offramp.data.files import FileSplit
+from offramp.data.imagefolder import imagefolder
+from offramp.data.resolve import load_data
 from offramp.data.scenes import SCENE_CLASSES, SCENE_KINDS, Scenes, scenes, scenes_splits
+from offramp.data.transforms import flip_crop, jitter
 
 __all__ = [
-    "CIFAR10_CLASSES", "IGNORE", "IMAGENET_MEAN", "IMAGENET_STD", "SCENE_CLASSES", "SCENE_KINDS", "Cifar10Split", "Joined",
-    "Prepare", "Scenes", "Source", "Split", "cifar10", "scenes", "scenes_splits",
+    "CAMVID_CLASSES", "CIFAR10_CLASSES", "IGNORE", "IMAGENET_MEAN", "IMAGENET_STD", "SCENE_CLASSES", "SCENE_KINDS",
+    "Cifar10Split", "FileSplit", "Joined", "Prepare", "Scenes", "Source", "Split", "camvid", "cifar10", "flip_crop",
+    "imagefolder", "jitter", "load_data", "scenes", "scenes_splits",
 ]

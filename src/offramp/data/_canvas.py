@@ -1,4 +1,4 @@
-"""A canvas that draws colour and class together, a pinhole camera, and dice: integers only, so the same bytes everywhere.
+"""A canvas that draws colour and class together, a pinhole camera, and dice: integers only, the same everywhere.
 
 Axes: H W space. The world is in centimetres: x to the right and y above the ground, z ahead of the camera.
 """
@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 
 @final
 class Dice:
-    """Integers from a Philox counter stream, whose raw words numpy promises never to change (its distributions it may)."""
+    """Integers from a Philox stream, whose raw words numpy promises never to change (its distributions it may)."""
 
     def __init__(self, seed: int, stream: int, index: int) -> None:
         mask = (1 << 64) - 1

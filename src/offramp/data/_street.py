@@ -17,10 +17,16 @@ KINDS = ("empty", "car", "person", "bicyclist", "tree", "sign", "fence", "lamp")
 ROAD_HALF, PAVEMENT_END = 350, 650
 
 PAINT: tuple[Colour, ...] = (
-    (190, 30, 30), (30, 60, 160), (225, 225, 225), (35, 35, 40), (150, 155, 160), (220, 180, 40), (30, 110, 70), (120, 40, 110)
+    (190, 30, 30), (30, 60, 160), (225, 225, 225), (35, 35, 40), (150, 155, 160), (220, 180, 40), (30, 110, 70),
+    (120, 40, 110),
 )
-BRICK: tuple[Colour, ...] = ((150, 85, 65), (175, 155, 125), (120, 110, 105), (190, 175, 150), (135, 120, 95), (165, 120, 90))
+BRICK: tuple[Colour, ...] = (
+    (150, 85, 65), (175, 155, 125), (120, 110, 105), (190, 175, 150), (135, 120, 95), (165, 120, 90),
+)
 SKIES: tuple[Colour, ...] = ((120, 170, 225), (150, 185, 220), (175, 190, 205), (200, 205, 210), (205, 170, 150))
+STRIPES: tuple[tuple[Colour, Colour], ...] = (
+    ((200, 40, 40), (235, 235, 235)), ((225, 180, 40), (40, 40, 40)), ((130, 100, 75), (95, 72, 52)),
+)
 SKIN: tuple[Colour, ...] = ((225, 185, 155), (165, 115, 85), (95, 65, 50))
 
 
@@ -48,9 +54,8 @@ def draw(seed: int, stream: int, index: int, size: tuple[int, int], low: int, hi
                  cy=height * dice.between(400 - hard // 12, 430 + hard // 12) // 1000, f=max(width * 3 // 4, 1))
     _sky_and_ground(canvas, eye, dice, sky, hard)
     _houses(canvas, eye, dice, hard)
-    for z, paint in sorted(_things(canvas, eye, dice, kind, hard), key=lambda thing: -thing[0]):
-        del z
-        paint()
+    for thing in sorted(_things(canvas, eye, dice, kind, hard), key=lambda thing: -thing[0]):
+        thing[1]()
     _weather(canvas, eye, dice, hard)
     return Scene(canvas.rgb, canvas.label, kind, hard)
 
@@ -148,7 +153,8 @@ def _things(canvas: Canvas, eye: Camera, dice: Dice, kind: int, hard: int) -> li
         z0 = nearest + dice.below(1500)
         rail = dice.near((120, 125, 120), 20)
         bright = (min(rail[0] + 70, 255), min(rail[1] + 70, 255), min(rail[2] + 70, 255))
-        things.append((z0, lambda: canvas.wall(eye, side * 375, z0, z0 + 1500, 95, (rail, bright), FENCE, (60, 30, 60, 30))))
+        bars = (60, 30, 60, 30)
+        things.append((z0, lambda: canvas.wall(eye, side * 375, z0, z0 + 1500, 95, (rail, bright), FENCE, bars)))
     if name not in ("empty", "lamp") and dice.chance(hard // 2 - 100):  # something thin in front of the main object
         add(_lamp, dice.between(-90, 90), main_z * 7 // 10, POLE)
     return things
@@ -205,7 +211,7 @@ def _bicyclist(at: Stand, dice: Dice, hard: int) -> None:
     for u0, u1, v0, v1, colour in ((-16, 6, 48, 98, (45, 48, 65)), (-22, 14, 92, 140, coat), (6, 40, 116, 130, coat)):
         a, b = sorted((way * u0, way * u1))
         at.box(a, v0, b, v1, colour)
-    at.disc(way * 8, 157, 14, 17, dice.near(dice.pick(SKIN), 10) if dice.chance(500) else dice.near(dice.pick(PAINT), 10))
+    at.disc(way * 8, 157, 14, 17, dice.near(dice.pick(SKIN if dice.chance(500) else PAINT), 10))  # head or helmet
 
 
 def _tree(at: Stand, dice: Dice, hard: int) -> None:
@@ -216,8 +222,8 @@ def _tree(at: Stand, dice: Dice, hard: int) -> None:
     darker = (leaves[0] * 7 // 10, leaves[1] * 7 // 10, leaves[2] * 7 // 10)
     for step in range(5):
         shade = darker if step < 2 else leaves
-        at.disc(dice.between(-90, 90), tall + 60 + step * 35 + dice.below(30), dice.between(80, 130), dice.between(70, 110),
-                dice.near(shade, 8))
+        middle = tall + 60 + step * 35 + dice.below(30)
+        at.disc(dice.between(-90, 90), middle, dice.between(80, 130), dice.between(70, 110), dice.near(shade, 8))
 
 
 def _sign(at: Stand, dice: Dice, hard: int) -> None:
@@ -248,7 +254,7 @@ def _lamp(at: Stand, dice: Dice, hard: int) -> None:
 
 def _barrier(at: Stand, dice: Dice, hard: int) -> None:
     half = dice.between(140, 240)
-    first, second = dice.pick((((200, 40, 40), (235, 235, 235)), ((225, 180, 40), (40, 40, 40)), ((130, 100, 75), (95, 72, 52))))
+    first, second = dice.pick(STRIPES)
     first, second = dice.near(first, 8 + hard // 50), dice.near(second, 8 + hard // 50)
     for u in (-half + 10, half - 25):
         at.box(u, 0, u + 14, 110, (90, 90, 92))

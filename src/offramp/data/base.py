@@ -83,23 +83,27 @@ class Prepare:
             )
 
     def __call__(self, image: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.augment is not None:
-            if label is not None and label.ndim == 2:
-                image, label = self.augment(tv_tensors.Image(image), tv_tensors.Mask(label))
-            else:
-                image = self.augment(tv_tensors.Image(image))
+        image, label = self.augmented(image, label)
         image = image.as_subclass(Tensor).to(torch.float32) / 255
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
         return (image - mean) / std, None if label is None else label.as_subclass(Tensor).to(torch.int64)
+
+    def augmented(self, image: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.augment is None:
+            return image, label
+        if label is not None and label.ndim == 2:
+            image, label = self.augment(tv_tensors.Image(image), tv_tensors.Mask(label))
+            return image, label
+        return self.augment(tv_tensors.Image(image)), label
 
 
 class Split(Dataset[Any], ABC):
     """One named split of a source: gives (image, label), or the image alone where it has no labels.
 
     Attributes that other rooms read: ``source``, ``split``, ``task``, ``class_names``, ``labels`` (bool), ``names``
-    (what identifies each image, for overlap checks and reports) and ``fingerprint``. The fingerprint names the images and
-    their preparation, not the labels: the same images with and without labels have the same one.
+    (what identifies each image, for overlap checks and reports) and ``fingerprint``. The fingerprint names the images
+    and their preparation, not the labels: the same images with and without labels have the same one.
     """
 
     source: str
@@ -158,7 +162,7 @@ class Joined(Split):
         if doubled:
             raise DataError(
                 expected="splits without common images", got=f"{doubled} images twice", where=f"split {self.split!r}",
-                todo="join splits that differ, such as train+unlabelled where the source has images of its own for both",
+                todo="join splits that differ; here unlabelled may be the train images themselves",
             )
 
     @property
@@ -180,7 +184,7 @@ class Source:
     """A data source: its task and classes, and how to make each of its splits.
 
     ``calibration`` and ``test`` are disjoint from each other and from all that is trained on. ``unlabelled`` is for
-    training too: where the source has no images of its own for it, it is the ``train`` images, their labels left unread.
+    training too: where the source has no images of its own for it, it is the ``train`` images, labels left unread.
     """
 
     name: str
@@ -246,5 +250,3 @@ def by_hash(names: Sequence[str], shares: Mapping[str, int]) -> dict[str, list[i
         dealt[split] = sorted(order[taken:upto])
         taken = upto
     return dealt
-
-

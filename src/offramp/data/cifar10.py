@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.data.base import Prepare, Source, Split, by_hash, existing_folder
+from offramp.data.base import SPLITS, Prepare, Source, Split, by_hash, existing_folder
 from offramp.errors import DataError
 
 __all__ = ["CIFAR10_CLASSES", "Cifar10Split", "cifar10"]
@@ -47,7 +47,8 @@ class Cifar10Split(Split):
             if wrong:
                 shown = ", ".join(f"{names[i]} ({int(self.targets[i])})" for i in wrong[:10])
                 raise DataError(
-                    expected="labels 0 to 9", got=f"{len(wrong)} records with others: {shown}", where=f"cifar10/{split}",
+                    expected="labels 0 to 9", got=f"{len(wrong)} records with others: {shown}",
+                    where=f"cifar10/{split}",
                     todo="check that the files are the 10-class binary version (CIFAR-100 records are longer)",
                 )
 
@@ -95,8 +96,8 @@ def cifar10(path: str | Path, *, prepare: Prepare | None = None) -> Source:
     """Read a folder that holds the binary files, or holds them in ``cifar-10-batches-bin``.
 
     ``train`` is every ``data_batch_*.bin``. ``test_batch.bin`` is cut by ``splits.json`` (lists of record numbers for
-    unlabelled, calibration and test, beside the files or one folder up) where there is one, else into 30 % calibration and
-    70 % test, dealt by a hash of the record number: images that a pretrained network has seen are no calibration data.
+    unlabelled, calibration and test, beside the files or one folder up) where there is one, else into 30 % calibration
+    and 70 % test, dealt by a hash of the record number: images that a pretrained network has seen are no calibration data.
     """
     folder = existing_folder(path, "cifar10", LAYOUT)
     inner = folder / "cifar-10-batches-bin"
@@ -114,11 +115,13 @@ def cifar10(path: str | Path, *, prepare: Prepare | None = None) -> Source:
             [f"{i}" for i in range(records)], {"calibration": 3, "test": 7})
 
     def make(split: str, labels: bool, prepared: Prepare) -> Split:
+        labels = labels and split != "unlabelled"
         if split in rows:
-            return Cifar10Split(tests, split, labels=labels and split != "unlabelled", prepare=prepared, rows=rows[split])
-        return Cifar10Split(batches, split, labels=labels and split != "unlabelled", prepare=prepared)
+            return Cifar10Split(tests, split, labels=labels, prepare=prepared, rows=rows[split])
+        return Cifar10Split(batches, split, labels=labels, prepare=prepared)
 
-    names = [s for s in ("train", "unlabelled", "calibration", "test") if s in rows or (batches and s in ("train", "unlabelled"))]
+    in_batches = ("train", "unlabelled") if batches else ()
+    names = [s for s in SPLITS if s in rows or s in in_batches]
     return Source(
         name="cifar10", task="classify", class_names=CIFAR10_CLASSES, prepare=prepare or Prepare(),
         make={s: partial(make, s) for s in names},

@@ -18,9 +18,9 @@ __all__ = ["SCENE_CLASSES", "SCENE_KINDS", "Scenes", "scenes", "scenes_splits"]
 SCENE_CLASSES = CLASSES
 """Of every pixel: eleven classes in CamVid's order; 255 (the bonnet of one's own car) is void."""
 SCENE_KINDS = KINDS
-"""Of the whole picture: what stands nearest, in the middle of the road or, for tree, sign and lamp, at its kerb; ``empty``
-when nothing does. Everything else in the picture is at least about twice as far away, but for a thin pole that in
-harder scenes may stand in front."""
+"""Of the whole picture: what stands nearest, in the middle of the road or, for tree, sign and lamp, at its kerb;
+``empty`` when nothing does. Everything else is at least about twice as far away, but for a thin pole that in harder
+scenes may stand in front."""
 STREAMS = {"train": 0, "unlabelled": 1, "calibration": 2, "test": 3}
 VERSION = 1
 """Of the drawing: changes whenever the same seed gives other bytes."""
@@ -108,7 +108,7 @@ def scenes(
     n: int = 800, *, size: tuple[int, int] = (96, 128), seed: int = 0, difficulty: tuple[float, float] = (0.0, 1.0),
     task: Task = "dense", prepare: Prepare | None = None,
 ) -> Source:
-    """The source of which ``train`` and ``unlabelled`` hold n scenes each, ``calibration`` and ``test`` half of n each."""
+    """The source: ``train`` and ``unlabelled`` hold n scenes each, ``calibration`` and ``test`` half of n each."""
     sizes = {"train": n, "unlabelled": n, "calibration": max(n // 2, 1), "test": max(n // 2, 1)}
 
     def make(split: str, labels: bool, prepared: Prepare) -> Split:
@@ -126,4 +126,5 @@ def scenes_splits(
 ) -> dict[str, Split]:
     """All four splits at once: train, unlabelled, calibration and test; ``augment`` touches the first two alone."""
     source = scenes(n, size=size, seed=seed, difficulty=difficulty, task=task)
-    return {name: source.split(name, augment=augment if name in ("train", "unlabelled") else None) for name in source.splits}
+    fitted = ("train", "unlabelled")
+    return {name: source.split(name, augment=augment if name in fitted else None) for name in source.splits}

@@ -1,1 +1,18 @@
 """Networks that no library ships, and the resolver that finds everybody's networks by name."""
+
+from offramp.models.cifar_resnet import (
+    CifarResNet,
+    cifar_resnet20,
+    cifar_resnet32,
+    cifar_resnet44,
+    cifar_resnet56,
+    cifar_resnet110,
+)
+from offramp.models.resolve import load_model
+from offramp.models.scene_nets import SceneClassifier, SceneSegmenter, scenes_classify, scenes_dense
+from offramp.models.weights import load_weights_, read_weights
+
+__all__ = [
+    "CifarResNet", "SceneClassifier", "SceneSegmenter", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44",
+    "cifar_resnet56", "cifar_resnet110", "load_model", "load_weights_", "read_weights", "scenes_classify", "scenes_dense",
+]

@@ -44,8 +44,7 @@ class SceneSegmenter(nn.Module):
         self.stem = _stem(24)
         self.stage1 = nn.Sequential(Residual(24, 32, stride=2), Residual(32, 32))
         self.stage2 = nn.Sequential(Residual(32, 64, stride=2), Residual(64, 64), Residual(64, 64))
-        self.stage3 = nn.Sequential(Residual(64, 96, dilation=2), Residual(96, 96, dilation=2), Residual(96, 96, dilation=4),
-                                    Residual(96, 96, dilation=4), Residual(96, 96, dilation=2))
+        self.stage3 = nn.Sequential(Residual(64, 96, dilation=2), *(Residual(96, 96, dilation=d) for d in (2, 4, 4, 2)))
         self.classifier = nn.Conv2d(96, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class SceneSegmenter(nn.Module):
 
 @final
 class SceneClassifier(nn.Module):
-    """(N, 3, H, W) -> logits (N, K): three stages of three residual blocks after a strided stem, averaged over space."""
+    """(N, 3, H, W) -> logits (N, K): three stages of three residual blocks after a strided stem, then the mean."""
 
     def __init__(self, num_classes: int = 8) -> None:
         super().__init__()
