@@ -1,0 +1,311 @@
+"""Where a network can be cut: a small frontier of live tensors that determines everything after it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+import torch
+from torch import fx, nn
+
+from offramp.errors import CutError
+from offramp.graph.trace import Program, Traced, signature_of, trace
+from offramp.types import ExitSite, LiveTensor
+
+__all__ = ["Cut", "Sites", "cut_at", "names_of", "sites"]
+
+MOST_LIVE = 8
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place in one program, and what lives there."""
+
+    position: int
+    rowwise: tuple[fx.Node, ...]
+    """Live tensors with a row per sample, in order of their making."""
+    fixed: tuple[fx.Node, ...]
+    """Live sizes, and live tensors that know nothing of the batch."""
+    again: tuple[fx.Node, ...]
+    """Ints worth as much as the batch: not carried, but read again from what is live, so that they follow a smaller batch."""
+    why_not: str = ""
+
+
+class Sites(Sequence[ExitSite]):
+    """The sites of a network in order of depth; prints as a table."""
+
+    def __init__(self, items: Sequence[ExitSite], traced: Traced) -> None:
+        self._items, self.traced = tuple(items), traced
+
+    @overload
+    def __getitem__(self, index: int) -> ExitSite: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ExitSite, ...]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[ExitSite]:
+        return iter(self._items)
+
+    def to_json(self) -> str:
+        """The sites as a JSON list, a field each."""
+        return json.dumps([asdict(site) for site in self], indent=1)
+
+    def __str__(self) -> str:
+        whole = max((site.macs_before + site.macs_after for site in self), default=0)
+        unit, scale = ("G", 1e9) if whole >= 1e9 else ("M", 1e6)
+        head = ("site", "live", f"{unit}MACs before", f"{unit}MACs after", "param MB", "shrinks")
+        rows = [head] + [
+            (("" if site.is_block else "  ") + site.name, ", ".join(map(str, site.live)),
+             f"{site.macs_before / scale:.3f}", f"{site.macs_after / scale:.3f}",
+             f"{site.param_bytes_before / 1e6:.2f}", "yes" if site.shrinkable else f"no: {site.why_not}")
+            for site in self
+        ]
+        widths = [min(max(len(row[i]) for row in rows), 60) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.rjust(w) if i in (2, 3, 4) else cell.ljust(w)
+                      for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in rows
+        )
+
+
+def sites(model: nn.Module, example_inputs: Any, *, within: str | None = None) -> Sites:
+    """Every place where ``model`` can be cut: what lives there, MACs on both sides, whether the batch may shrink.
+
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. within: look inside that submodule
+    alone; names are then relative to it. Indented sites lie inside or between blocks.
+    """
+    return sites_of(trace(model, example_inputs, within=within))
+
+
+def sites_of(traced: Traced) -> Sites:
+    """The sites of a traced network."""
+    program = traced.program
+    macs, costs = 0, []
+    for cost in _macs_per_sample(traced):
+        costs.append(macs)
+        macs += cost
+    costs.append(macs)
+    held, seen, bytes_before = 0, set(), [0]
+    for node in program.nodes:
+        for parameter in _parameters(traced.model, node):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                held += parameter.numel() * parameter.element_size()
+        bytes_before.append(held)
+    found = []
+    blocks = _blocks(traced.model)
+    for position, names in names_of(traced, program).items():
+        if not 0 < costs[position] < macs or not names:
+            continue
+        cut = cut_at(traced, program, position)
+        if cut is None or len(cut.rowwise) > MOST_LIVE:
+            continue
+        found.append(ExitSite(
+            name=names[0],
+            live=tuple(LiveTensor(name=label(traced, program, node), shape=(traced.rows, *node.meta["shape"][1:]),
+                                  dtype=node.meta["dtype"]) for node in cut.rowwise),
+            macs_before=costs[position], macs_after=macs - costs[position], param_bytes_before=bytes_before[position],
+            shrinkable=not cut.why_not, why_not=cut.why_not, is_block=names[0].split("#")[0] in blocks,
+        ))
+    if not found:
+        raise CutError(
+            expected="a network with a place where a few tensors determine the rest", got="none",
+            where=f"sites({type(traced.model).__name__})",
+            todo="split its forward into submodules: sites lie where a module returns",
+        )
+    if sum(site.is_block for site in found) < 2:
+        found = [ExitSite(**{**{k: getattr(s, k) for k in s.__dataclass_fields__}, "is_block": True}) for s in found]
+    return Sites(found, traced)
+
+
+def names_of(traced: Traced, program: Program) -> dict[int, list[str]]:
+    """Positions where modules return, with the names of those modules; the first is the site's own."""
+    blocks = _blocks(traced.model)
+    places: dict[int, list[tuple[bool, int, str]]] = {}
+    for close in program.closes:
+        inside = any(close.path.startswith(block + ".") for block in blocks)
+        if not close.path or not close.outputs or (close.leaf and inside):
+            continue
+        name = f"{close.path}#{close.call}" if close.call else close.path
+        places.setdefault(close.position, []).append((close.path not in blocks, close.path.count("."), name))
+    return {position: [name for *_, name in sorted(found)] for position, found in sorted(places.items())}
+
+
+def label(traced: Traced, program: Program, node: fx.Node) -> str:
+    """A name for a live tensor: the module that returned it, or the module in which an op made it."""
+    blocks = _blocks(traced.model)
+    names = [(c.path not in blocks, c.path.count("."), f"{c.path}#{c.call}" if c.call else c.path)
+             for c in program.closes if node in c.outputs and c.path]
+    if names:
+        return min(names)[2]
+    if node.op == "placeholder":
+        return str(node.target)
+    return f"{node.meta['path']}:{node.name}".lstrip(":")
+
+
+def cut_at(traced: Traced, program: Program, position: int) -> Cut | None:
+    """What lives at a position; None where no cut can be: no tensor with rows, or views of one that is written to later."""
+    live = [node for node in program.nodes[:position]
+            if program.last_use.get(node, -1) >= position and node.op != "get_attr"]
+    reference = traced.program
+    rowwise, fixed, again, why = [], [], [], ""
+    for node in live:
+        twin = node if program is reference else None
+        if "shape" in node.meta:
+            verdict, reason = _tensor(traced, node) if twin is not None else (_has_rows(node, program), "")
+            (rowwise if verdict else fixed).append(node)
+            why = why or reason
+        elif "value" in node.meta:
+            verdict2, reason = _number(traced, program, node)
+            (again if verdict2 else fixed).append(node)
+            why = why or reason
+        else:
+            return None  # a tuple or the like whose parts are taken later
+    roots = [node.meta["root"] for node in rowwise]
+    written = {w.meta.get("root") for node in program.nodes[position:] for w in node.meta.get("writes", ())}
+    if not rowwise or any(roots.count(root) > 1 and root in written for root in roots):
+        return None
+    if program is reference and not why:
+        why = _after(traced, position)
+    return Cut(position, tuple(rowwise), tuple(fixed), tuple(again), why)
+
+
+def _has_rows(node: fx.Node, program: Program) -> bool:
+    rows = next(program.nodes[i].meta["shape"][0] for i, batched in enumerate(program.batched) if batched)
+    return bool(node.meta["shape"]) and node.meta["shape"][0] == rows
+
+
+def _twin(traced: Traced, node: fx.Node) -> fx.Node | None:
+    """The same node in the trace with fewer rows."""
+    many, fewer = traced.program, traced.fewer
+    at, prefix, suffix = many.index[node], *_common(traced)
+    if at < prefix:
+        return fewer.nodes[at]
+    return fewer.nodes[at - len(many.nodes)] if len(many.nodes) - at <= suffix else None
+
+
+def _common(traced: Traced) -> tuple[int, int]:
+    """How many nodes the two traces share at their beginning and at their end."""
+    cached = getattr(traced, "_shared", None)
+    if cached is None:
+        many, fewer = traced.program, traced.fewer
+        if not traced.depends_on_batch:
+            cached = len(many.nodes), len(many.nodes)
+        else:
+            a = [signature_of(many, node)[:2] for node in many.nodes]
+            b = [signature_of(fewer, node)[:2] for node in fewer.nodes]
+            full = [signature_of(many, n) == signature_of(fewer, m)
+                    for n, m in zip(many.nodes, fewer.nodes, strict=False)]
+            prefix = next((i for i, same in enumerate(full) if not same), len(full))
+            suffix = 0
+            if len(a) == len(b):
+                suffix = next((i for i, same in enumerate(reversed(full)) if not same), len(full))
+            cached = prefix, suffix
+        traced._shared = cached  # type: ignore[attr-defined]
+    return cached
+
+
+def _tensor(traced: Traced, node: fx.Node) -> tuple[bool, str]:
+    """Whether a live tensor has a row per sample, and if it is neither that nor blind to the batch, why not."""
+    twin = _twin(traced, node)
+    a, b = node.meta["shape"], twin.meta.get("shape") if twin else None
+    said = f"{node.name} ({node.meta['where']})"
+    if b is None:
+        return True, f"{said} is made differently for each batch size"
+    prints = node.meta["print"], twin.meta["print"] if twin else None
+    if len(a) and a[0] == 3 and b[0] == 2 and a[1:] == b[1:]:
+        same = prints[0] is None or torch.allclose(
+            prints[0][[0, 2]], prints[1], rtol=1e-3, atol=1e-4 * float(prints[0].nan_to_num(0, 0, 0).abs().max() + 1e-6),
+            equal_nan=True)
+        return True, "" if same else f"rows of {said} depend on the other rows"
+    if a == b:
+        return False, ""
+    return False, f"{said} has shape {a} for 3 rows and {b} for 2: the batch is not its dimension 0"
+
+
+def _number(traced: Traced, program: Program, node: fx.Node) -> tuple[bool, str]:
+    """Whether a live number must be read again after the batch shrank; or why that cannot be done."""
+    if program is not traced.program:
+        at = program.index[node]
+        reference = traced.program.nodes
+        if at >= len(reference) or "value" not in reference[at].meta:
+            return False, ""
+        node = reference[at]
+    twin = _twin(traced, node)
+    value, other = node.meta["value"], twin.meta.get("value") if twin else None
+    if value == other:
+        return False, ""
+    if (value, other) == (3, 2):
+        return True, ""
+    return False, (f"{node.name} ({node.meta['where']}) changes with the batch size: {value} for 3 rows, {other} for 2; "
+                   "read it from a tensor after the cut instead")
+
+
+def _after(traced: Traced, position: int) -> str:
+    """Why dropping rows at a position would change the rest, found in the outputs of the two traces."""
+    many = traced.program
+    prefix, suffix = _common(traced)
+    if position < len(many.nodes) - suffix:
+        node = many.nodes[min(prefix, len(many.nodes) - 1)]
+        return (f"{node.name} ({node.meta.get('where', '?')}) has the batch size burnt in: Python took it out of the "
+                "shapes, with range(), int() or the like; use torch ops on sizes")
+    for node in many.nodes[-1].all_input_nodes:
+        if _tensor(traced, node)[1]:
+            for earlier in many.nodes:
+                if "shape" in earlier.meta and earlier.op != "get_attr" and "depend on" in _tensor(traced, earlier)[1]:
+                    return _tensor(traced, earlier)[1]
+            return _tensor(traced, node)[1]
+    return ""
+
+
+def _macs_per_sample(traced: Traced) -> list[int]:
+    many, fewer = traced.program, traced.fewer
+    if traced.depends_on_batch:
+        return [round(node.meta.get("macs", 0) / 3) for node in many.nodes]
+    # What one row costs, plus what is paid once a call: macs(1) = macs(2) - (macs(3) - macs(2)).
+    return [2 * b.meta.get("macs", 0) - a.meta.get("macs", 0)
+            for a, b in zip(many.nodes, fewer.nodes, strict=True)]
+
+
+def _parameters(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
+    if node.op not in ("call_module", "get_attr") or not str(node.target).startswith("guest"):
+        return []
+    owner: Any = model
+    for atom in str(node.target).split(".")[1:]:
+        owner = getattr(owner, atom)
+    if isinstance(owner, nn.Module):
+        return list(owner.parameters())
+    return [owner] if isinstance(owner, nn.Parameter) else []
+
+
+def _is_container(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.forward is nn.Sequential.forward or (
+        isinstance(module, nn.ModuleList | nn.ModuleDict) and kind.forward is nn.ModuleList.forward)
+
+
+def _blocks(model: nn.Module) -> set[str]:
+    """The repeated units: children of a container, or siblings of one class; not inside another unit, not leaves."""
+    cached = getattr(_blocks, "cache", None)
+    if cached is not None and cached[0] is model:
+        return cached[1]
+    found: set[str] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        grown = [(name, child) for name, child in module.named_children() if next(child.children(), None) is not None]
+        kinds = [type(child) for _, child in grown]
+        for name, child in grown:
+            inner = f"{path}.{name}" if path else name
+            holds_units = _is_container(child) and any(next(c.children(), None) is not None for c in child.children())
+            if not holds_units and (_is_container(module) or kinds.count(type(child)) > 1):
+                found.add(inner)
+            else:
+                walk(child, inner)
+
+    walk(model, "")
+    _blocks.cache = (model, found)  # type: ignore[attr-defined]
+    return found

@@ -1,0 +1,289 @@
+"""Trace a network by running it: on what kinds of inputs it runs the same program, and what a smaller batch changes.
+
+One :class:`Program` is the graph for one kind of call: training flags, shapes beside the batch, dtypes, devices. A call of another
+kind is traced when it comes, so that control flow on sizes or on ``self.training`` needs no guess.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from offramp.errors import CutError
+from offramp.graph._guest import as_found, flat, rebuild
+from offramp.graph._recorder import Close, Recorder, Untraceable
+
+__all__ = ["Program", "Traced", "trace"]
+
+_MOST_LEAVES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The graph of one kind of call; ``nodes`` in order of execution, ``closes`` where modules returned."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: int
+    """How many of the first nodes are inputs."""
+    batched: tuple[bool, ...]
+    """Which inputs have a row per sample."""
+    closes: tuple[Close, ...]
+    constants: Mapping[str, Any]
+    recipe: Any
+    """Rebuilds the network's output, given its leaves; tensors among these are the graph's outputs."""
+    rest: tuple[Any, ...]
+    """The output's leaves with None for tensors."""
+    tensor_at: tuple[bool, ...]
+    """Which of the output's leaves are tensors."""
+    last_use: Mapping[fx.Node, int] = field(repr=False)
+    index: Mapping[fx.Node, int] = field(repr=False)
+
+
+class Traced:
+    """A network that has been traced, and its programs so far; made by :func:`trace`."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model = model
+        self._leaves: frozenset[str] = frozenset()
+        self._programs: dict[Any, Program] = {}
+        self.rows = _rows(args, kwargs)
+        """Rows of the example inputs."""
+        self._probe = _probe(args, kwargs, self.rows)
+        few = _take((args, kwargs) if self._probe is None else self._probe, [0, 2], 3)
+        self.few = few
+        with as_found(model, mode=False):
+            many, output = self._record(*self._probe, fingerprints=True)
+            fewer, _ = self._record(*few, fingerprints=True)
+        self.program, self.fewer = many, fewer
+        self.output = output
+        """What the untouched network says, in eval mode, about three rows like the example inputs."""
+        self.depends_on_batch = _signature(many) != _signature(fewer)
+        with as_found(model, mode=False):
+            self._programs[self._key(*self._probe)] = many
+
+    def __deepcopy__(self, memo: Any) -> "Traced":
+        import copy
+
+        return Traced(copy.deepcopy(self.model, memo), *self._probe)
+
+    def program_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        """The program of this call; traced now if its kind is new."""
+        key = self._key(args, kwargs)
+        if key not in self._programs:
+            with as_found(self.model):
+                program, _ = self._record(args, kwargs)
+            known = {_signature(other): other for other in reversed(self._programs.values())}
+            self._programs[key] = known.get(_signature(program), program)
+        return self._programs[key]
+
+    def _key(self, args: Any, kwargs: Any) -> Any:
+        leaves, _ = flat((args, kwargs))
+        rows = _rows(args, kwargs)
+        inputs = tuple(
+            (leaf.shape[1:] if _is_batched(leaf, rows) and not self._by_batch else leaf.shape, leaf.dtype, leaf.device)
+            if isinstance(leaf, Tensor) else leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)
+            for leaf in leaves
+        )
+        first = next(self.model.parameters(), None)
+        return (
+            inputs, tuple(sorted(kwargs)), len(args), tuple(module.training for module in self.model.modules()),
+            first is not None and (first.dtype, first.device), torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
+        )
+
+    @property
+    def _by_batch(self) -> bool:
+        return getattr(self, "depends_on_batch", False)
+
+    def _record(self, args: Any, kwargs: Any, *, fingerprints: bool = False) -> tuple[Program, Any]:
+        """Run the model on copies of the inputs. Modules in which ops hide become leaves, and it is run again."""
+        for _ in range(_MOST_LEAVES):
+            try:
+                return _record(self.model, args, kwargs, self._leaves, fingerprints)
+            except Untraceable as hidden:
+                if not hidden.path:
+                    raise CutError(
+                        expected="a network whose forward calls torch ops or modules",
+                        got=f"an op that cannot be recorded, {hidden.op} at {hidden.where}", where="trace()",
+                        todo="move that op into a submodule of its own: it is then run as a whole, and cuts lie around it",
+                    ) from None
+                self._leaves |= {hidden.path}
+        raise CutError("trace(): too many modules with ops that cannot be recorded.")
+
+
+def trace(model: nn.Module, example_inputs: Any, *, within: str | None = None) -> Traced:
+    """Trace ``model`` (or its submodule ``within``) on a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    The model runs twice, in eval mode and without gradients, on three and on two rows made from the example; it is
+    left as found. CutError where its inputs have no batch, or where an op cannot be recorded.
+    """
+    args, kwargs = _arguments(example_inputs)
+    if within:
+        model, args, kwargs = _inside(model, within, args, kwargs)
+    return Traced(model, args, kwargs)
+
+
+def _record(
+    model: nn.Module, args: Any, kwargs: Any, leaves: frozenset[str], fingerprints: bool
+) -> tuple[Program, Any]:
+    values, recipe = flat((args, kwargs))
+    values = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+    args, kwargs = rebuild(recipe, values)
+    rows = _rows(args, kwargs)
+    inputs = [v for v in values if isinstance(v, Tensor)]
+    recorder = Recorder(model, leaves=leaves, rows=rows if fingerprints else 0)
+    for tensor in inputs:
+        recorder.placeholder(tensor)
+    with recorder:
+        output = model(*args, **kwargs)
+    said, out_recipe = flat(output)
+    tensors = [leaf for leaf in said if isinstance(leaf, Tensor)]
+    recorder.output(tensors)
+    nodes, positions = _tidy(recorder.graph)
+    index = {node: i for i, node in enumerate(nodes)}
+    last_use: dict[fx.Node, int] = {}
+    for i, node in enumerate(nodes):
+        for used in node.all_input_nodes:
+            last_use[used] = i
+    program = Program(
+        nodes=tuple(nodes), inputs=len(inputs), batched=tuple(_is_batched(t, rows) for t in inputs),
+        closes=tuple(
+            Close(c.path, c.call, positions[min(c.position, len(positions) - 1)], c.outputs, c.leaf)
+            for c in recorder.closes
+        ),
+        constants=recorder.constants, recipe=out_recipe,
+        rest=tuple(None if isinstance(leaf, Tensor) else leaf for leaf in said),
+        tensor_at=tuple(isinstance(leaf, Tensor) for leaf in said), last_use=last_use, index=index,
+    )
+    for tensor in tensors:
+        vars(tensor).pop("_offramp_node", None)
+    return program, rebuild(out_recipe, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in said])
+
+
+def _tidy(graph: fx.Graph) -> tuple[list[fx.Node], list[int]]:
+    """Drop sizes and elements that nobody uses; also says, for each old position, the new one."""
+    kept = []
+    import operator
+
+    for node in reversed(graph.nodes):
+        idle = not node.users and "effect" not in node.meta and not node.meta.get("writes")
+        droppable = node.op == "get_attr" or "value" in node.meta or node.target in (operator.getitem, getattr)
+        kept.append(not (idle and droppable))
+        if idle and droppable:
+            graph.erase_node(node)
+    positions, new = [0], 0
+    for keep in reversed(kept):
+        new += keep
+        positions.append(new)
+    return list(graph.nodes), positions
+
+
+def _signature(program: Program) -> tuple[Any, ...]:
+    """What the program does, node by node, in terms that two traces share."""
+    return tuple(signature_of(program, node) for node in program.nodes) + (repr(program.rest),)
+
+
+def signature_of(program: Program, node: fx.Node) -> Any:
+    """One node: op, target and arguments, other nodes by their place."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return ("node", program.index[value])
+        if isinstance(value, tuple | list):
+            return (type(value).__name__, *(plain(v) for v in value))
+        if isinstance(value, dict):
+            return tuple((k, plain(v)) for k, v in value.items())
+        if isinstance(value, slice):
+            return ("slice", plain(value.start), plain(value.stop), plain(value.step))
+        return (type(value).__name__, repr(value))
+
+    target: Any = node.target if not isinstance(node.target, str) or node.op != "placeholder" else ""
+    if isinstance(target, str) and target in program.constants:
+        constant = program.constants[target]
+        target = (tuple(constant.shape), constant.flatten().tolist()) if isinstance(constant, Tensor) else id(constant)
+        if isinstance(constant, Tensor) and constant.numel() > 4096:
+            target = (tuple(constant.shape), float(constant.double().sum()), float(constant.double().abs().sum()))
+    elif not isinstance(target, str):
+        target = id(target)
+    return (node.op, target, plain(node.args), plain(node.kwargs))
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    return (example_inputs,), {}
+
+
+def _rows(args: Any, kwargs: Any) -> int:
+    """Size of the batch: dimension 0 of the first tensor."""
+    for leaf in flat((args, kwargs))[0]:
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return int(leaf.shape[0])
+    raise CutError(
+        expected="example inputs with a tensor whose dimension 0 is the batch", got="none", where="trace()",
+        todo="pass a tensor, a tuple of arguments or a dict of keyword arguments",
+    )
+
+
+def _is_batched(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+
+
+def _probe(args: Any, kwargs: Any, rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Three rows made from the example: its first ones, then shifted and dimmed copies of them."""
+    def grow(value: Any) -> Any:
+        if not _is_batched(value, rows):
+            return value
+        made = [value[i % rows] for i in range(3)]
+        for i in range(rows, 3):
+            made[i] = made[i].roll(i, -1) if made[i].ndim else made[i]
+            if made[i].is_floating_point():
+                made[i] = made[i] * (1 - 0.25 * i) + 0.1 * i
+        return torch.stack(made).to(value.device)
+
+    leaves, recipe = flat((args, kwargs))
+    made: tuple[tuple[Any, ...], dict[str, Any]] = rebuild(recipe, [grow(leaf) for leaf in leaves])
+    return made
+
+
+def _take(inputs: Any, rows: list[int], of: int) -> Any:
+    leaves, recipe = flat(inputs)
+    return rebuild(recipe, [leaf[rows] if _is_batched(leaf, of) else leaf for leaf in leaves])
+
+
+class _Seen(Exception):
+    pass
+
+
+def _inside(model: nn.Module, within: str, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:
+    """The submodule and what it is called with when the whole model runs on the example."""
+    try:
+        inner = model.get_submodule(within)
+    except AttributeError as error:
+        raise CutError(
+            expected="the name of a submodule", got=f"{within!r} ({error})", where="within",
+            todo=f"choose from {[name for name, _ in model.named_children()]} or deeper",
+        ) from None
+    seen: list[Any] = []
+
+    def look(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.extend((args, kwargs))
+        raise _Seen
+
+    with as_found(model, mode=False):
+        hook = inner.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            model(*args, **kwargs)
+        except _Seen:
+            pass
+        finally:
+            hook.remove()
+    if not seen:
+        raise CutError(
+            expected=f"a model that calls {within}", got="a forward that does not", where="within",
+            todo="name a submodule that the forward calls",
+        )
+    return inner, seen[0], seen[1]
