@@ -1,0 +1,135 @@
+"""A network with exits: the guest, its stages between the exits' sites, and the heads that hang there."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from offramp.errors import PlanError
+from offramp.graph import Stage, State, Traced, begin, split
+from offramp.nn.output import read_logits
+from offramp.types import ExitColumn, ExitSite, Task
+
+__all__ = ["MultiExit", "head_key"]
+
+
+def head_key(column: str) -> str:
+    """A column's name as a key of ``net.heads``: module names may not hold dots.
+
+    >>> head_key("layer1.2/wide")
+    'layer1:2/wide'
+    """
+    return column.replace(".", ":")
+
+
+class MultiExit(nn.Module):
+    """Steps through a guest network and answers at every exit; made by :func:`offramp.attach`.
+
+    ``net(x)`` is a list of logits, one a column; the last is the backbone's own, bit for bit. ``net.begin(x)`` and
+    ``net.step(k, state)`` go one site at a time, so that whoever steps may drop rows of the state in between.
+    The guest stays as it is, under the same ``state_dict`` keys behind ``backbone.``; its stages share its parameters.
+    """
+
+    deploy: ClassVar[Callable[..., nn.Module]]
+    """``net.deploy(plan)``; the runtime stands above this room, so ``offramp/__init__`` hangs it here."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        traced: Traced,
+        sites: Sequence[ExitSite],
+        heads: Mapping[str, Mapping[str, nn.Module]],
+        *,
+        task: Task,
+        num_classes: int,
+        logits: Callable[[Any], Tensor] = read_logits,
+    ) -> None:
+        super().__init__()
+        assert list(heads) == [site.name for site in sites], "heads follow the sites"
+        self.backbone = backbone
+        self.task, self.num_classes, self.sites = task, num_classes, tuple(sites)
+        self.logits = logits
+        self._traced, self._stages = traced, split(traced, [site.name for site in sites])
+        columns, self._columns_at = [], []
+        self.heads = nn.ModuleDict()
+        for site in self.sites:
+            self._columns_at.append(range(len(columns), len(columns) + len(heads[site.name])))
+            for head_name, head in heads[site.name].items():
+                column = ExitColumn(name=f"{site.name}/{head_name}" if head_name else site.name,
+                                    site=site.name, head=head_name)
+                columns.append(column)
+                self.heads[head_key(column.name)] = head
+        self.columns = (*columns, ExitColumn(name="final", site="final"))
+
+    @property
+    def traced(self) -> Traced:
+        """The guest's trace, from which other cuts of it can be split."""
+        return self._traced
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """``len(sites) + 1`` stages; chained they are the guest."""
+        return self._stages
+
+    def head(self, column: str) -> nn.Module:
+        """The head of a column, by its name."""
+        if head_key(column) not in self.heads:
+            raise PlanError(
+                expected=f"one of the exits {[c.name for c in self.columns[:-1]]}", got=repr(column), where="net.head()"
+            )
+        return self.heads[head_key(column)]
+
+    def columns_at(self, k: int) -> range:
+        """Indices of the columns that hang at site ``k``."""
+        return self._columns_at[k]
+
+    def begin(self, *args: Any, **kwargs: Any) -> State:
+        """The state before the first stage: the network's inputs."""
+        return begin(self._traced, *args, **kwargs)
+
+    def step(self, k: int, state: State) -> tuple[State | None, Any]:
+        """Run stage ``k``: the state at site ``k`` and what its exit says.
+
+        The second value is the logits (a tuple of them where the site has several candidate heads); after the last
+        site, ``k == len(sites)``, it is the guest's own output, whole, and the state is None.
+        """
+        after = self._stages[k](state)
+        if k == len(self.sites):
+            return None, after
+        said = [self.heads[head_key(self.columns[c].name)](*after.tensors) for c in self._columns_at[k]]
+        return after, said[0] if len(said) == 1 else tuple(said)
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Logits of every column, in order of depth; the last is the guest's own."""
+        state, said = self.begin(*args, **kwargs), []
+        for k in range(len(self.sites)):
+            after, logits = self.step(k, state)
+            said.extend(logits if isinstance(logits, tuple) else (logits,))
+            state = cast(State, after)
+        said.append(self.logits(self.step(len(self.sites), state)[1]))
+        return said
+
+    def extra_repr(self) -> str:
+        return f"exits={[column.name for column in self.columns]}, task={self.task}, num_classes={self.num_classes}"
+
+    def freeze_backbone_(self) -> "MultiExit":
+        """Stop gradients into the guest and put it in eval mode; ``train()`` then leaves it there."""
+        self.backbone.requires_grad_(False)
+        self._frozen = True
+        self.train(self.training)
+        return self
+
+    def unfreeze_backbone_(self) -> "MultiExit":
+        """Let the guest learn again."""
+        self.backbone.requires_grad_(True)
+        self._frozen = False
+        return self
+
+    _frozen: bool = False
+
+    def train(self, mode: bool = True) -> "MultiExit":
+        super().train(mode)
+        if self._frozen:
+            self.backbone.eval()
+        return self
+
