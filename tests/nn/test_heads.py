@@ -12,7 +12,9 @@ from offramp.errors import HeadError
 from offramp.nn.heads import HeadSpec, build, check_pays, default_spec, fcn_spec, head_macs, residual_spec
 from offramp.types import LiveTensor
 
-RICH = HeadSpec(convs=((12, 3, 2), (8, 1, 1)), separable=True, blocks=((8, 1), (16, 2)), gate=True, pool=2, linears=(9,))
+RICH = HeadSpec(
+    convs=((12, 3, 2), (8, 1, 1)), separable=True, blocks=((8, 1), (16, 2)), gate=True, pool=2, linears=(9,)
+)
 
 
 def live(*shape: int, dtype: str = "float32", name: str = "x") -> LiveTensor:
@@ -21,7 +23,7 @@ def live(*shape: int, dtype: str = "float32", name: str = "x") -> LiveTensor:
 
 def rows(frontier: tuple[LiveTensor, ...], n: int = 3) -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(n, *one.shape[1:]) if one.dtype == "float32" else torch.ones(n, *one.shape[1:], dtype=torch.long)
+    return [torch.randn(n, *one.shape[1:]) if one.dtype == "float32" else torch.ones(n, *one.shape[1:]).long()
             for one in frontier]
 
 
@@ -162,8 +164,8 @@ def test_a_head_that_cannot_pay_is_refused_with_the_figures() -> None:
 
 def test_default_spec_keeps_within_its_share() -> None:
     frontier = (live(1, 64, 32, 32),)
-    costs = [head_macs(build(default_spec(frontier, 10, "classify", macs_after=after), frontier, 10, "classify"), frontier)
-             for after in (10**9, 10**7, 10**6)]
+    specs = [default_spec(frontier, 10, "classify", macs_after=after) for after in (10**9, 10**7, 10**6)]
+    costs = [head_macs(build(spec, frontier, 10, "classify"), frontier) for spec in specs]
     assert costs[0] > costs[1] > costs[2]
     assert costs[0] <= 10**8 and costs[1] <= 10**6
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from train.fakes import PLAIN, images, make, unlabelled, weights
 
 from offramp.errors import DataError
 from offramp.train import features, fit, recipes
 from offramp.train.batches import source_of
 from offramp.train.features import Refused, collect
+from train.fakes import PLAIN, images, make, unlabelled, weights
 
 torch.set_num_threads(1)
 RECIPE = recipes.label_free(epochs=1, batch_size=20)
@@ -27,7 +27,9 @@ class Usage(NamedTuple):
     free: int
 
 
-def gather(net: Any, folder: Path, recipe: Any = RECIPE, data: Any = None, limit_bytes: int = 2**30) -> features.Features:
+def gather(
+    net: Any, folder: Path, recipe: Any = RECIPE, data: Any = None, limit_bytes: int = 2**30
+) -> features.Features:
     source = source_of(unlabelled() if data is None else data, batch_size=20, labels=False, seed=0)
     return collect(net, source, recipe, folder=folder, limit_bytes=limit_bytes, device=CPU)
 

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from train.fakes import CONV, PLAIN, Teased, Tiny, assert_equal, images, labelled, make, unlabelled, weights
 
 from offramp.errors import DataError, FileFormatError, OfframpError
 from offramp.train import fit, recipes, restore
+from train.fakes import CONV, PLAIN, Teased, Tiny, assert_equal, images, labelled, make, unlabelled, weights
 
 torch.set_num_threads(1)
 SHORT = recipes.label_free(epochs=2, batch_size=32, lr=0.01)
 
 
-@pytest.mark.parametrize("how", [{}, {"cache_bytes": 0}, {"precision": "bf16"}, {"cache_bytes": 0, "precision": "bf16"}],
-                         ids=["cached", "live", "cached bf16", "live bf16"])
+@pytest.mark.parametrize("how", [
+    {}, {"cache_bytes": 0}, {"precision": "bf16"}, {"cache_bytes": 0, "precision": "bf16"},
+], ids=["cached", "live", "cached bf16", "live bf16"])
 def test_frozen_means_frozen(how: dict[str, Any]) -> None:
     net = make()
     net.train()

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train.fakes import CONV, labelled, make, run_script, weights
 
 from offramp.nn.heads import HeadSpec
 from offramp.train import fit, recipes
+from train.fakes import CONV, labelled, make, run_script, weights
 
 torch.set_num_threads(1)
 BN = HeadSpec(convs=((8, 3, 2),))
 
 SCRIPT = """
+import os
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
@@ -23,8 +24,8 @@ from offramp.train import fit
 torch.set_num_threads(1)
 for name, recipe in RECIPES.items():
     net = make(BN)
-    history = fit(net, labelled(90), recipe, device="cpu", run_dir=Path({run!r}) / name, checkpoint_every=2, accumulate=2)
-    import os
+    run_dir = Path({run!r}) / name
+    history = fit(net, labelled(90), recipe, device="cpu", run_dir=run_dir, checkpoint_every=2, accumulate=2)
     save_file({{**weights(net), "loss": torch.tensor([e.loss["two"] for e in history.epochs])}},
               Path({run!r}) / f"{{name}}-{{os.environ['RANK']}}.safetensors")
 """

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from train.fakes import PLAIN, Noisy, assert_equal, labelled, make, run_script, unlabelled, weights
 
 from offramp.errors import DataError, FileFormatError
 from offramp.train import checkpoint, fit, recipes
+from train.fakes import PLAIN, Noisy, assert_equal, labelled, make, run_script, unlabelled, weights
 
 torch.set_num_threads(1)
 

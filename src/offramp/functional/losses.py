@@ -13,8 +13,8 @@ def kl_to_teacher(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
     .. math:: T^2 \, \frac{1}{N} \sum_n \sum_k p_{nk} \log \frac{p_{nk}}{q_{nk}}, \quad p = \sigma(t/T), q = \sigma(z/T)
 
-    KL(backbone || exit) as in the label-free paper (its section 3.2.2), with Hinton's temperature (arXiv:1503.02531): the
-    factor T^2 keeps the gradient's size when T changes. No gradient reaches the teacher.
+    KL(backbone || exit) as in the label-free paper (its section 3.2.2), with Hinton's temperature (arXiv:1503.02531):
+    the factor T^2 keeps the gradient's size when T changes. No gradient reaches the teacher.
 
     >>> import torch
     >>> kl_to_teacher(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]), 4.0).item()
@@ -32,7 +32,7 @@ def kl_to_teacher(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
-    """Mean over the labelled positions: logits (N, K, ...), labels (N, ...); zero, with gradient, where none is labelled.
+    """Mean over labelled positions: logits (N, K, ...), labels (N, ...); zero, with gradient, where none is labelled.
 
     >>> import torch
     >>> round(cross_entropy(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]])).item(), 4)

@@ -73,10 +73,10 @@ class Features:
         return Batch(args=tuple(tuple(_take(t, rows) for t in site) for site in self.tensors),
                      teacher=self.teacher.index_select(0, rows))
 
-    def rows(self, rows: Tensor) -> "Features":
-        """Some of the samples (one view), in memory."""
+    def rows(self, rows: Tensor, count: int) -> "Features":
+        """Some of the rows, in memory: ``count`` samples, view by view."""
         return Features(tuple(tuple(t.index_select(0, rows) for t in site) for site in self.tensors),
-                        self.teacher.index_select(0, rows), len(rows), self.batch_size, self.seed)
+                        self.teacher.index_select(0, rows), count, self.batch_size, self.seed)
 
     def site(self, k: int) -> "Features":
         """One site's alone."""
