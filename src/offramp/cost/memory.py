@@ -37,7 +37,7 @@ def peak_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             counter.see(leaf)
-    with torch.inference_mode(False), torch.no_grad(), counter:
+    with torch.no_grad(), counter:
         fn(*args, **kwargs)
     return counter.peak
 

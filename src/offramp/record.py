@@ -1,0 +1,309 @@
+"""The bridge: run a network with exits over data once, and memoise what every exit says and costs.
+
+N samples, n rows of a batch, E exits, K classes, H W space.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from offramp.cost import macs
+from offramp.cost.latency import Timing, describe_machine, measure
+from offramp.cost.memory import param_bytes, peak_bytes
+from offramp.errors import DataError
+from offramp.functional.confidence import top
+from offramp.functional.metrics import confusion
+from offramp.functional.summaries import agreement, summarise
+from offramp.nn.guest import bytes_of, evaluating, fingerprint_of
+from offramp.nn.multiexit import MultiExit
+from offramp.table import Costs, ExitTable, Latency
+
+__all__ = ["record"]
+
+_LABEL_KEYS = ("labels", "label", "targets", "target")
+
+
+def record(
+    net: MultiExit,
+    loader: Any,
+    *,
+    split: str = "calibration",
+    device: torch.device | str | None = None,
+    latency: bool | Mapping[str, Any] = True,
+    batch_size: int = 32,
+    class_names: Sequence[str] = (),
+    progress: bool = False,
+) -> ExitTable:
+    """Memoise every exit's answer on every sample of a split, and what each exit costs.
+
+    The network runs in eval mode and comes back as found; labels are kept where the data has them, and never needed.
+
+    loader: anything that yields batches (a tensor, ``(inputs, labels)``, ``(inputs,)`` or a dict with or without
+        ``labels``), or a ``Dataset``, which is then read in batches of ``batch_size``.
+    split: its name in the table. A policy fitted on a split must be reported on another.
+    device: where to run; the network is moved there and back. Nothing: where its parameters are.
+    latency: whether to time exits on this machine; a dict sets ``batches`` (default 1), ``repeats`` and ``budget_s``.
+
+    DataError names the sample and the exit where logits are NaN or infinite, and data that is empty or does not fit.
+    """
+    batches = _batches(loader, batch_size)
+    home = next((p.device for p in net.parameters()), torch.device("cpu"))
+    target = torch.device(device) if device is not None else home
+    options = dict(latency) if isinstance(latency, Mapping) else {}
+    collected = _Collected(net, split)
+    try:
+        net.to(target)
+        with evaluating(net):
+            for batch in _shown(batches, loader, progress, f"recording {split}"):
+                collected.add(_to(batch, target))
+            if collected.first is None:
+                raise DataError(expected=f"at least one sample in the split {split!r}", got="none", where="record()",
+                                todo="look at the loader.")
+            costs = _costs(net, collected.first, target, options if latency is not False else None)
+    finally:
+        net.to(home)
+    dataset = loader if isinstance(loader, Dataset) else getattr(loader, "dataset", None)
+    names = tuple(class_names) or tuple(getattr(dataset, "class_names", ()))
+    source = getattr(dataset, "source", type(dataset).__name__ if dataset is not None else "data")
+    return collected.table(
+        costs=costs, class_names=names if len(names) == net.num_classes else (), model=fingerprint_of(net),
+        source=str(source), meta={"machine": describe_machine(), "device": str(target)},
+    )
+
+
+@dataclass
+class _Batch:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+
+    def rows(self, count: int) -> "_Batch":
+        """The first ``count`` rows, from the start again where there are too few."""
+        have = len(self.tensors()[0])
+        index = torch.arange(count) % have
+
+        def take(leaf: Any) -> Any:
+            return leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == have else leaf
+
+        args, kwargs = pytree.tree_map(take, (self.args, self.kwargs))
+        return _Batch(args, kwargs, None)
+
+
+@dataclass
+class _Collected:
+    """What has been said so far; becomes the table."""
+
+    net: MultiExit
+    split: str
+    first: _Batch | None = None
+    count: int = 0
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+    labelled: bool | None = None
+    digest: Any = field(default_factory=hashlib.sha256)
+    kind: str = ""
+
+    def add(self, batch: _Batch) -> None:
+        tensors = batch.tensors()
+        if not tensors:
+            raise DataError(expected="a tensor among the inputs of a batch", got="none", where="record()",
+                            todo="let the loader give a tensor, (inputs, labels), (inputs,) or a dict of tensors.")
+        if len(tensors[0]) == 0:
+            return
+        if self.first is None:
+            self.first = batch
+            self.kind = ",".join(f"{tuple(t.shape[1:])}{t.dtype}" for t in tensors)
+        for tensor in tensors:
+            for row in tensor:  # by row, so that the batch size does not matter
+                self.digest.update(bytes_of(row))
+        if self.labelled is None:
+            self.labelled = batch.labels is not None
+        if self.labelled != (batch.labels is not None):
+            raise DataError(expected="labels in every batch or in none", got="both", where=f"record(), sample {self.count}")
+        said = self.net(*batch.args, **batch.kwargs)
+        self._check(said)
+        if self.net.task == "classify":
+            self._classify(said, batch.labels)
+        else:
+            self._dense(said, batch.labels)
+        self.count += len(said[-1])
+
+    def _check(self, said: Sequence[Tensor]) -> None:
+        wanted = tuple(said[-1].shape)
+        for column, logits in zip(self.net.columns, said, strict=True):
+            if tuple(logits.shape) != wanted:
+                raise DataError(
+                    expected=f"logits {wanted}, as the backbone's own", got=str(tuple(logits.shape)),
+                    where=f"record(), exit {column.name!r}",
+                    todo="let the head end with an interpolation to the output's size.",
+                )
+            good = torch.isfinite(logits).flatten(1).all(dim=1)
+            if not bool(good.all()):
+                raise DataError(
+                    expected="finite logits", got="NaN or infinity",
+                    where=f"record(), sample {self.count + int((~good).nonzero()[0])}, exit {column.name!r}",
+                    todo="look at that sample's input, and at the exit's head.",
+                )
+
+    def _keep(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.parts.setdefault(name, []).append(tensor.cpu())
+
+    def _classify(self, said: Sequence[Tensor], labels: Tensor | None) -> None:
+        self._keep(logits=torch.stack([logits.float() for logits in said], dim=1))
+        if labels is not None:
+            if tuple(labels.shape) != (len(said[-1]),):
+                raise DataError(expected=f"labels ({len(said[-1])},)", got=str(tuple(labels.shape)),
+                                where=f"record(), sample {self.count}")
+            self._keep(labels=labels.long())
+
+    def _dense(self, said: Sequence[Tensor], labels: Tensor | None) -> None:
+        classes, size = self.net.num_classes, said[-1].shape[-2:]
+        if labels is not None and tuple(labels.shape) != (len(said[-1]), *size):
+            raise DataError(
+                expected=f"labels ({len(said[-1])}, {size[0]}, {size[1]}), as large as the logits",
+                got=str(tuple(labels.shape)), where=f"record(), sample {self.count}",
+                todo="bring labels to the output's size (nearest), or drop them.",
+            )
+        summaries = [summarise(logits) for logits in said]
+        final = summaries[-1].labels
+        self._keep(
+            probs=torch.stack([one.probs for one in summaries], dim=1),
+            agreement_confusion=torch.stack([confusion(one.labels, final, classes) for one in summaries], dim=1),
+            agreement=torch.stack([
+                torch.stack([agreement(one.labels, other.labels) for other in summaries], dim=1) for one in summaries
+            ], dim=1),
+            **{f"histogram.{name}": torch.stack([one.histograms[name] for one in summaries], dim=1)
+               for name in summaries[-1].histograms},
+        )
+        if labels is not None:
+            self._keep(confusion=torch.stack([confusion(one.labels, labels, classes) for one in summaries], dim=1))
+
+    def table(self, *, costs: Costs, class_names: tuple[str, ...], model: str, source: str,
+              meta: Mapping[str, Any]) -> ExitTable:
+        joined = {name: torch.cat(parts) for name, parts in self.parts.items()}
+        histograms = {name.removeprefix("histogram."): joined.pop(name)
+                      for name in list(joined) if name.startswith("histogram.")}
+        data = hashlib.sha256(f"{source}:{self.kind}".encode()).hexdigest()[:16]
+        return ExitTable(
+            task=self.net.task, columns=self.net.columns, costs=costs, split=self.split, class_names=class_names,
+            fingerprints={"model": model, "data": data, "split": f"{self.split}:{self.digest.hexdigest()[:16]}"},
+            histograms=histograms, meta=meta, **joined,  # type: ignore[arg-type]
+        )
+
+
+def _costs(net: MultiExit, batch: _Batch, device: torch.device, latency: Mapping[str, Any] | None) -> Costs:
+    """Counted and measured on the inputs that were recorded, not on those that the network was attached with."""
+    one = batch.rows(1)
+    state: Any = net.begin(*one.args, **one.kwargs)
+    total, peak = 0, 0
+    columns: dict[str, list[int]] = {name: [] for name in ("macs", "head_macs", "param_bytes", "head_param_bytes", "peak")}
+    for k in range(len(net.stages)):
+        total += int(macs.count(net.stages[k], state).total)
+        peak = max(peak, peak_bytes(net.step, k, state))
+        after = net.stages[k](state)
+        if k == len(net.sites):
+            rows = [(total, 0, param_bytes(net.backbone), 0, peak)]
+        else:
+            heads = [net.head(net.columns[c].name) for c in net.columns_at(k)]
+            rows = [
+                (total, int(macs.count(head, *after.tensors).total), net.sites[k].param_bytes_before, param_bytes(head),
+                 peak) for head in heads
+            ]
+        for row in rows:
+            for name, value in zip(columns, row, strict=True):
+                columns[name].append(value)
+        state = after
+    measured = () if latency is None else tuple(
+        _latency(net, batch.rows(size), size, device, latency) for size in latency.get("batches", (1,))
+    )
+    return Costs(macs=tuple(columns["macs"]), head_macs=tuple(columns["head_macs"]),
+                 param_bytes=tuple(columns["param_bytes"]), head_param_bytes=tuple(columns["head_param_bytes"]),
+                 peak_bytes=tuple(columns["peak"]), latency=measured)
+
+
+def _latency(net: MultiExit, batch: _Batch, size: int, device: torch.device, options: Mapping[str, Any]) -> Latency:
+    """Stages, heads with their decision, and the untouched network, in turn under one timer."""
+    decide = top if net.task == "classify" else lambda logits: summarise(logits, confidences=("top",))
+    fns: dict[str, Any] = {"dense": lambda: net.backbone(*batch.args, **batch.kwargs)}
+    state: Any = net.begin(*batch.args, **batch.kwargs)
+    for k in range(len(net.stages)):
+        after = net.stages[k](state)
+        fns[f"stage {k}"] = lambda k=k, state=state: net.stages[k](state)
+        for c in net.columns_at(k) if k < len(net.sites) else ():
+            head = net.head(net.columns[c].name)
+            fns[f"head {c}"] = lambda head=head, after=after: decide(head(*after.tensors))
+        state = after
+    times = measure(fns, device=device, repeats=int(options.get("repeats", 20)),
+                    budget_s=float(options.get("budget_s", 20.0)))
+    body_50, body_95, head_50, head_95 = [], [], [], []
+    for k in range(len(net.stages)):
+        p50, p95 = _sum([times[f"stage {i}"] for i in range(k + 1)])
+        for c in net.columns_at(k) if k < len(net.sites) else (len(net.columns) - 1,):
+            head_time = times.get(f"head {c}")
+            body_50.append(p50)
+            body_95.append(p95)
+            head_50.append(head_time.p50_ms if head_time else 0.0)
+            head_95.append(head_time.p95_ms if head_time else 0.0)
+    dtype = next((p.dtype for p in net.parameters()), torch.float32)
+    return Latency(
+        device=device.type, engine="eager", dtype=str(dtype).removeprefix("torch."), batch=size,
+        backbone_p50_ms=tuple(body_50), backbone_p95_ms=tuple(body_95), head_p50_ms=tuple(head_50),
+        head_p95_ms=tuple(head_95), dense_p50_ms=times["dense"].p50_ms, dense_p95_ms=times["dense"].p95_ms,
+    )
+
+
+def _sum(parts: Sequence[Timing]) -> tuple[float, float]:
+    """Medians add; their distances to p95 add in quadrature, as those of independent stages do."""
+    middle = sum(one.p50_ms for one in parts)
+    return middle, middle + float(sum((one.p95_ms - one.p50_ms) ** 2 for one in parts)) ** 0.5
+
+
+def _batches(loader: Any, batch_size: int) -> Iterable[Any]:
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        return DataLoader(loader, batch_size=batch_size)
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise DataError(expected="a loader that yields batches, or a Dataset", got=type(loader).__name__,
+                        where="record()", todo="wrap it: record(net, [batch]) records a single batch.")
+    return loader
+
+
+def _to(batch: Any, device: torch.device) -> _Batch:
+    labels = None
+    if isinstance(batch, list | tuple):
+        if not batch:
+            raise DataError(expected="(inputs, labels), (inputs,) or a tensor", got="an empty tuple", where="record()")
+        labels = batch[1] if len(batch) > 1 else None
+        batch = batch[0]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        if labels is None:
+            labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+        kwargs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
+    else:
+        args = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = pytree.tree_map(move, (args, kwargs))
+    return _Batch(args, kwargs, move(labels) if isinstance(labels, Tensor) else None)
+
+
+def _shown(batches: Iterable[Any], loader: Any, progress: bool, what: str) -> Iterator[Any]:
+    if not progress:
+        yield from batches
+        return
+    from rich.progress import track
+
+    total = len(batches) if hasattr(batches, "__len__") else None
+    yield from track(batches, description=what, total=total)

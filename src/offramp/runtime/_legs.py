@@ -1,0 +1,166 @@
+"""The pieces that a deployed network runs: merged stages with a head each, copied, cast and compiled as asked."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from offramp.graph import Stage, State, Traced, begin, split
+from offramp.nn.guest import fold_batch_norms_
+from offramp.nn.multiexit import MultiExit
+
+__all__ = ["Build", "Engine", "Leg", "Legs", "build_legs"]
+
+Engine = Literal["eager", "compile"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """How the pieces are made."""
+
+    engine: Engine
+    dtype: torch.dtype | None
+    channels_last: bool
+    fold: bool
+
+    @property
+    def copies(self) -> bool:
+        """Whether weights change, so that they can no longer be shared with the guest."""
+        return self.dtype is not None or self.channels_last or self.fold
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One merged stage, and the head at its end; the last leg has none."""
+
+    stage: Stage
+    head: nn.Module | None
+    extras: int
+    """How many of the stage's last values are its head's: a compiled leg says logits, and perhaps a score, in one graph."""
+    may_shrink: bool
+    """Whether rows may be dropped at its end."""
+    wide: torch.dtype | None
+    """What logits are cast to, where the network is narrower."""
+    mark: bool
+    """Whether inputs are marked to be of any batch size, for the compiler."""
+
+    def run(self, state: State) -> tuple[State, Tensor, Tensor | None]:
+        """To the leg's end: the state there, its exit's logits, and the score of each pixel where that is compiled too."""
+        after = self._advance(state)
+        if self.extras:
+            said = after.values[-self.extras :]
+            after = replace(after, values=after.values[: -self.extras])
+            return after, said[0], said[1] if self.extras > 1 else None
+        assert self.head is not None
+        logits: Tensor = self.head(*after.tensors)
+        return after, logits if self.wide is None else logits.to(self.wide), None
+
+    def only_stage(self, state: State) -> Any:
+        """To the leg's end without a word from the exit; the whole output at the last."""
+        if self.head is not None:
+            after = self._advance(state)
+            return replace(after, values=after.values[: -self.extras]) if self.extras else after
+        output = self._advance(state)
+        return output if self.wide is None else pytree.tree_map(self._widen, output)
+
+    def _advance(self, state: State) -> Any:
+        if self.mark and state.rows > 1:
+            for tensor in (*state.tensors, *state.carried):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return self.stage(state)
+
+    def _widen(self, leaf: Any) -> Any:
+        return leaf.to(self.wide) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+@dataclass(frozen=True)
+class Legs:
+    """All of them, and the copy of the guest that they run."""
+
+    legs: tuple[Leg, ...]
+    traced: Traced
+    module: nn.Module
+    dtype: torch.dtype | None
+    channels_last: bool
+
+    def begin(self, *args: Any, **kwargs: Any) -> State:
+        """The state before the first leg, inputs cast and laid out as the weights are."""
+        if self.dtype is not None or self.channels_last:
+            args, kwargs = pytree.tree_map(self._prepare, (args, kwargs))
+        return begin(self.traced, *args, **kwargs)
+
+    def _prepare(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if self.channels_last and leaf.ndim == 4:
+            return leaf.to(dtype=self.dtype or leaf.dtype, memory_format=torch.channels_last)
+        return leaf if self.dtype is None else leaf.to(self.dtype)
+
+
+def build_legs(net: MultiExit, exits: Sequence[str], build: Build, score: Callable[[Tensor], Tensor] | None) -> Legs:
+    """Cut a copy of the guest at the chosen exits alone. ``score`` is fused into compiled dense exits."""
+    columns = {column.name: column for column in net.columns}
+    sites = {site.name: site for site in net.sites}
+    chosen = [sites[columns[name].site] for name in exits]
+    # A copy of the modules, so that nobody's .train() reaches the deployed network; weights are shared if they can be.
+    memo = {} if build.copies else {id(t): t for t in (*net.parameters(), *net.buffers())}
+    guest, heads = copy.deepcopy((net.backbone, [net.head(name) for name in exits]), memo)
+    for module in (guest, *heads):
+        module.eval()
+    if build.fold:
+        fold_batch_norms_(guest, split(net.traced, [])[0].module().graph, "guest.")
+    if build.copies:
+        kinds: dict[str, Any] = {"dtype": build.dtype} if build.dtype is not None else {}
+        if build.channels_last:
+            kinds["memory_format"] = torch.channels_last
+        for module in (guest, *heads):
+            module.to(**kinds)
+    wide = next((p.dtype for p in net.parameters()), torch.float32) if build.dtype is not None else None
+    legs = Legs((), net.traced, nn.ModuleList([guest, *heads]), build.dtype, build.channels_last)
+    args, kwargs = pytree.tree_map(legs._prepare, net.traced.few)
+    traced = Traced(guest, args, kwargs)
+    stages = split(traced, [site.name for site in chosen])
+    made = []
+    for k, stage in enumerate(stages):
+        last = k == len(chosen)
+        head = None if last else heads[k]
+        extras = 0
+        if build.engine == "compile":
+            extras = 0 if last else 1 + (score is not None)
+            live = 0 if last else len(chosen[k].live)
+            stage = stage.compiled(_compiler(head, live, score, wide))
+        made.append(Leg(stage, head, extras, False if last else chosen[k].shrinkable, wide, build.engine == "compile"))
+    return replace(legs, legs=tuple(made), traced=traced)
+
+
+def _compiler(head: nn.Module | None, live: int, score: Callable[[Tensor], Tensor] | None,
+              wide: torch.dtype | None) -> Callable[[fx.GraphModule], Any]:
+    """A function from a stage's graph module to the compiled whole of it, its head and its score."""
+
+    def compiled(module: fx.GraphModule) -> Any:
+        # Each leg is a graph module with code of its own: the compiler's limit of recompilations is per code object.
+        root, graph = nn.ModuleDict({"stage": module}), fx.Graph()
+        inputs = [graph.placeholder(node.name) for node in module.graph.nodes if node.op == "placeholder"]
+        out = graph.call_module("stage", tuple(inputs))
+        if head is None:
+            graph.output(out)
+        else:
+            root["head"] = head
+            count = len(next(node for node in module.graph.nodes if node.op == "output").args[0])
+            parts = [graph.call_function(_item, (out, i)) for i in range(count)]
+            logits = graph.call_module("head", tuple(parts[:live]))
+            if wide is not None:
+                logits = graph.call_method("to", (logits, wide))
+            said = [logits] if score is None else [logits, graph.call_function(score, (logits,))]
+            graph.output((*parts, *said))
+        return torch.compile(fx.GraphModule(root, graph), options={"freezing": True})
+
+    return compiled
+
+
+def _item(parts: Sequence[Any], index: int) -> Any:
+    return parts[index]

@@ -1,0 +1,264 @@
+"""The deployed network: rows leave at the exits that a plan chose, and the rest of the batch goes on alone.
+
+n rows of a call, m of them undecided, E exits (the plan's, then the backbone), K classes.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import OfframpError, PlanError
+from offramp.graph import State
+from offramp.nn.guest import fingerprint_of
+from offramp.nn.multiexit import MultiExit
+from offramp.nn.output import with_logits
+from offramp.runtime._evidence import Gather, gather_for
+from offramp.runtime._legs import Build, Engine, Legs, build_legs
+from offramp.runtime._output import Assembly, rows_of
+from offramp.runtime._shrink import Crossover, Shrinker
+from offramp.types import Plan
+
+__all__ = ["Adaptive", "Answer", "deploy"]
+
+
+class Answer(NamedTuple):
+    """Some rows' final answer."""
+
+    rows: Tensor
+    """Their places in the call (m,), int64."""
+    output: Any
+    """Of the type and keys of the untouched network's output, for these rows."""
+    exit_index: int
+    """Into the plan's exits; ``len(plan.exits)`` is the backbone."""
+
+
+class _Piece(NamedTuple):
+    rows: Tensor | None  # None: all rows of the call, in order
+    picked: Tensor | None  # which rows of ``output`` they are; None: all
+    output: Any
+    exit_index: int
+
+
+class Adaptive(nn.Module):
+    """A network that takes as many stages as each input needs; made by :func:`deploy`.
+
+    ``fast(x)`` answers as the untouched network would, in type, keys and order of rows. ``fast.stream(x)`` gives rows
+    as soon as they are decided, ``fast.each(callback, x)`` calls back with them. Any number of threads may call.
+    """
+
+    def __init__(self, legs: Legs, plan: Plan, *, template: Any, read: Callable[[Any], Tensor], gather: Gather,
+                 shrink: bool | Literal["auto"], engine: Engine) -> None:
+        super().__init__()
+        self.plan, self.engine = plan, engine
+        self.body = legs.module  # the copy of the guest and the chosen heads, for .parameters() and friends
+        self._built, self._legs, self._template, self._read = legs, legs.legs, template, read
+        self._gather = gather
+        self._shrinker = Shrinker(shrink, len(legs.legs))
+        self._last = threading.local()
+        self.training = False
+
+    # ---- answering ----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The untouched network's output, each row from the exit where it left."""
+        return self.each(None, *args, **kwargs)
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[Answer]:
+        """Answers as soon as they exist, the earliest exit's first; every row comes once."""
+        exits: list[tuple[Tensor | None, int]] = []
+        pieces, count = self._pieces(args, kwargs)
+        for piece in pieces:
+            exits.append((piece.rows, piece.exit_index))
+            yield _answer(piece, count)
+        self._note(exits, count)
+
+    def each(self, callback: Callable[[Answer], Any] | None, *args: Any, **kwargs: Any) -> Any:
+        """Call back with each :class:`Answer` as soon as it exists, then return the whole output, as ``forward`` does."""
+        exits: list[tuple[Tensor | None, int]] = []
+        pieces, count = self._pieces(args, kwargs)
+        whole = Assembly(count)
+        for piece in pieces:
+            if callback is not None:
+                callback(_answer(piece, count))
+            exits.append((piece.rows, piece.exit_index))
+            whole.add(piece.rows, piece.picked, piece.output)
+        self._note(exits, count)
+        return whole.output()
+
+    @property
+    def last_exits(self) -> Tensor:
+        """Where each row of this thread's last finished call left (n,) int64: an index into the plan's exits and the end."""
+        found = getattr(self._last, "exits", None)
+        if found is None:
+            raise OfframpError(expected="a finished call in this thread", got="none yet", where="last_exits",
+                               todo="call the network first, or drain its stream.")
+        return _exits_of(*found)
+
+    @torch.inference_mode()
+    def calibrate(self, *args: Any, **kwargs: Any) -> tuple[Crossover | None, ...]:
+        """Measure on such inputs, of the batch size to come, at which stages shrinking pays; ``shrink="auto"`` obeys.
+
+        Without it each stage is measured the first time that rows leave before it.
+        """
+        state: Any = self._built.begin(*args, **kwargs)
+        for k, leg in enumerate(self._legs):
+            if k and self._legs[k - 1].may_shrink and state.rows > 1:
+                self._shrinker.pays(k, state.rows, 1, state, leg.only_stage)
+            state = leg.only_stage(state)
+        return self._shrinker.crossovers
+
+    def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Iterator[_Piece], int]:
+        with torch.inference_mode():
+            state = self._built.begin(*args, **kwargs)
+        return self._run(state), state.rows
+
+    def _run(self, state: State) -> Iterator[_Piece]:
+        rows: Tensor | None = None  # places in the call of the undecided rows; None: all of them, in order
+        alive: Tensor | None = None  # their places in the state; None: the state holds no others
+        parts: list[Any] = []  # what each exit so far said of them
+        # Inference mode is left around each yield: it is a mode of the thread, and the caller's code runs there.
+        for k, leg in enumerate(self._legs[:-1]):
+            with torch.inference_mode():
+                state, logits, score = leg.run(state)
+                if alive is not None:
+                    logits, score = logits[alive], None if score is None else score[alive]
+                leaves = self._ask(k, logits, score, parts)
+                count = int(leaves.sum())
+                if count == 0:
+                    continue
+                output = with_logits(self._template, logits, self._read)
+                if count == len(leaves):
+                    picked, gone = None, rows
+                else:
+                    picked = leaves.nonzero().squeeze(1)
+                    gone = picked if rows is None else rows[picked]
+            yield _Piece(gone, picked, output, k)
+            if picked is None:
+                return
+            del logits, score, output
+            with torch.inference_mode():
+                stay = (~leaves).nonzero().squeeze(1)
+                parts[:] = [self._gather.keep(part, stay) for part in parts]
+                rows = stay if rows is None else rows[stay]
+                places = stay if alive is None else alive[stay]
+                ahead = self._legs[k + 1]
+                if leg.may_shrink and self._shrinker.pays(k + 1, state.rows, len(places), state, ahead.only_stage):
+                    state, alive = state.select(places), None
+                else:
+                    alive = places
+        with torch.inference_mode():
+            output = self._legs[-1].only_stage(state)
+        yield _Piece(rows, alive, output, len(self._legs) - 1)
+
+    def _ask(self, k: int, logits: Tensor, score: Tensor | None, parts: list[Any]) -> Tensor:
+        gather, total = self._gather, len(logits)
+        if total == 0:  # an empty call goes through to the end, where the network itself says what nothing looks like
+            return torch.zeros(0, dtype=torch.bool)
+        parts.append(gather.read(logits) if score is None or gather.read_score is None else gather.read_score(score))
+        leaves = self.plan.policy.decide(k, gather.join(parts))
+        if leaves.dtype != torch.bool or tuple(leaves.shape) != (total,):
+            raise PlanError(expected=f"bool ({total},) from the policy", where=f"exit {self.plan.exits[k]!r}",
+                            got=f"{leaves.dtype} {tuple(leaves.shape)}", todo="give one True or False a row.")
+        return leaves
+
+    def _note(self, exits: list[tuple[Tensor | None, int]], count: int) -> None:
+        self._last.exits = (exits, count)
+
+    # ---- being a module -----------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> "Adaptive":
+        """A deployed network stays in eval mode; train the network that it came from."""
+        return self
+
+    def extra_repr(self) -> str:
+        return f"exits={list(self.plan.exits)}, engine={self.engine!r}, shrink={self._shrinker.mode!r}"
+
+
+def _answer(piece: _Piece, count: int) -> Answer:
+    rows = torch.arange(count) if piece.rows is None else piece.rows
+    return Answer(rows, rows_of(piece.output, piece.picked), piece.exit_index)
+
+
+def _exits_of(exits: Sequence[tuple[Tensor | None, int]], count: int) -> Tensor:
+    found = torch.zeros(count, dtype=torch.int64)
+    for rows, index in exits:
+        if rows is None:
+            found[:] = index
+        else:
+            found[rows.cpu()] = index
+    return found
+
+
+def deploy(
+    net: MultiExit,
+    plan: Plan,
+    *,
+    engine: Engine = "eager",
+    dtype: torch.dtype | Literal["bf16", "fp32"] | None = None,
+    shrink: bool | Literal["auto"] = "auto",
+    channels_last: bool | None = None,
+    fold: bool | None = None,
+) -> Adaptive:
+    """Make a plain module that obeys a plan: stages merged between the chosen exits, only their heads kept.
+
+    The network it comes from is left as it is and may go on training. With ``engine="eager"`` and nothing else asked,
+    weights are shared with it, and a call in which no row leaves early says what the untouched network says, bit for
+    bit; every other choice changes rounding.
+
+    engine: "compile" gives each stage, its head and its confidence to ``torch.compile`` with frozen weights, once for a
+        single row and once for any larger batch.
+    dtype: "bf16" runs the network in bfloat16; confidences and answers stay as wide as the network was.
+    shrink: whether the batch drops the rows that left. "auto" measures once on this machine where that pays.
+    channels_last: how 4-D tensors lie; nothing: channels last wherever weights are copied anyway.
+    fold: whether batch norms go into the convolutions before them; nothing: wherever weights are copied anyway.
+
+    PlanError where the plan does not belong to this network; HeadError where an exit cannot answer in the form of the
+    network's output.
+    """
+    _check_plan(net, plan)
+    if engine not in ("eager", "compile"):
+        raise OfframpError(expected="engine 'eager' or 'compile'", got=repr(engine), where="deploy()")
+    if shrink not in (True, False, "auto"):
+        raise OfframpError(expected="shrink True, False or 'auto'", got=repr(shrink), where="deploy()")
+    narrow = _dtype(dtype)
+    copied = engine == "compile" or narrow is not None or bool(channels_last) or bool(fold)
+    build = Build(engine=engine, dtype=narrow, channels_last=copied if channels_last is None else channels_last,
+                  fold=copied if fold is None else fold)
+    template = net.traced.output
+    if plan.exits:
+        with_logits(template, net.logits(template), net.logits)
+    gather = gather_for(plan.task, plan.policy)
+    legs = build_legs(net, plan.exits, build, gather.score)
+    return Adaptive(legs, plan, template=template, read=net.logits, gather=gather, shrink=shrink, engine=engine)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    known = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, torch.float32: torch.float32,
+             torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float64: torch.float64}
+    if dtype not in known:
+        raise OfframpError(expected="dtype None, 'bf16', 'fp32' or a floating torch.dtype", got=repr(dtype),
+                           where="deploy()")
+    return known[dtype]
+
+
+def _check_plan(net: MultiExit, plan: Plan) -> None:
+    names = [column.name for column in net.columns]
+    faults = []
+    if plan.task != net.task:
+        faults.append(f"task {plan.task!r}, the network's is {net.task!r}")
+    if missing := [name for name in plan.exits if name not in names[:-1]]:
+        faults.append(f"exits {missing}, the network has {names[:-1]}")
+    else:
+        places = [names.index(name) for name in plan.exits]
+        sites = [net.columns[place].site for place in places]
+        if places != sorted(set(places)) or len(set(sites)) != len(sites):
+            faults.append(f"exits {list(plan.exits)}, not in order of depth with one a site")
+    made_for = plan.fingerprints.get("model")
+    if not faults and made_for and made_for != fingerprint_of(net):
+        faults.append(f"network {made_for}, this one is {fingerprint_of(net)}: other weights, other heads or another model")
+    if faults:
+        raise PlanError(expected="a plan for this network", got="; ".join(faults), where="deploy()",
+                        todo="record this network and search a plan on that table.")
