@@ -7,6 +7,7 @@ import torch
 
 from offramp.errors import DataError, OfframpError
 from offramp.nn.heads import HeadSpec, build, head_macs
+from offramp.nn.shortcut import ShortcutSpec
 from offramp.train import HeadSearch, search_heads
 from offramp.train.shapes import HeadTrial, leaving
 from train.fakes import Teased, assert_equal, make, unlabelled, weights
@@ -24,17 +25,20 @@ def test_search_measures_pays_and_chooses(tmp_path: Path) -> None:
         trials = found.trials[site.name]
         assert len({trial.spec for trial in trials}) == len(trials) >= 4
         for trial in trials:
-            assert trial.macs == head_macs(build(trial.spec, site.live, 4, "classify"), site.live)
+            if isinstance(trial.spec, HeadSpec):
+                assert trial.macs == head_macs(build(trial.spec, site.live, 4, "classify"), site.live)
             assert trial.saved_macs == pytest.approx(trial.leaving * site.macs_after - trial.macs)
             assert 0 <= trial.leaving <= 1 and 0 <= trial.agreement <= 1
-        assert all(trial.macs <= 0.5 * site.macs_after for trial in trials[1:]), "the first is the default"
+        assert all(trial.macs <= 0.5 * site.macs_after for trial in trials[2:]), "the first two are the defaults"
+        assert isinstance(trials[0].spec, HeadSpec) and isinstance(trials[1].spec, ShortcutSpec)
         assert found.best(site.name).saved_macs == max(trial.saved_macs for trial in trials)
     assert found.best("two").agreement > 0.5, "four classes: chance is about a quarter"
     assert "two" in str(found) and "head M MACs" in str(found)
     again = search_heads(make(), unlabelled(200), trials=12, epochs=4, run_dir=tmp_path)
     assert again == found, "the seed alone decides"
     net = make(found.specs)  # type: ignore[arg-type]
-    assert net.heads["two"].spec == found.specs["two"]
+    for site in found.specs:
+        assert head_macs(net.heads[site], next(s.live for s in net.sites if s.name == site)) == found.best(site).macs
 
 
 def test_search_of_dense_heads() -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp._extras import require
 from offramp.errors import DataError, HeadError, OfframpError
 from offramp.functional.losses import kl_to_teacher
-from offramp.nn.heads import ExitHead, HeadSpec, build, default_spec, head_macs
+from offramp.nn.heads import HeadSpec, build, default_spec, head_macs
+from offramp.nn.shortcut import ShortcutSpec, build_shortcut
 from offramp.train.batches import rng_kept, seed_all, source_of
 from offramp.train.features import Features, Refused, collect
 from offramp.train.recipe import Recipe
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = ["HeadSearch", "HeadTrial", "label_free_space", "search_heads"]
 
-Space = Callable[[Any, ExitSite, Task], HeadSpec]
+Spec = HeadSpec | ShortcutSpec
+Space = Callable[[Any, ExitSite, Task], Spec]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTrial:
     """One head, trained and measured on samples that were held out."""
 
-    spec: HeadSpec
+    spec: Spec
     macs: int
     agreement: float
     """Share of samples (pixels) for which it names the class that the backbone names."""
@@ -57,7 +59,7 @@ class HeadSearch:
         return max(self.trials[site], key=lambda trial: trial.saved_macs)
 
     @property
-    def specs(self) -> dict[str, HeadSpec]:
+    def specs(self) -> dict[str, Spec]:
         """The chosen spec of each site."""
         return {site: self.best(site).spec for site in self.trials}
 
@@ -79,21 +81,28 @@ class HeadSearch:
         return "\n".join(lines)
 
 
-def _brief(spec: HeadSpec) -> str:
+def _brief(spec: Spec) -> str:
+    if isinstance(spec, ShortcutSpec):
+        return f"the network's own tail, of whose blocks it keeps {', '.join(spec.keep or ()) or 'none'}"
     plain = HeadSpec()
     names = ("convs", "separable", "blocks", "gate", "pool", "linears", "dropout")
     return ", ".join(f"{n}={getattr(spec, n)}" for n in names if getattr(spec, n) != getattr(plain, n)) or "one linear"
 
 
-def label_free_space(trial: Any, site: ExitSite, task: Task) -> HeadSpec:
-    """The label-free paper's space (up to two convolutions, then up to two linears), plus residual blocks and a gate.
+def label_free_space(trial: Any, site: ExitSite, task: Task) -> Spec:
+    """The label-free paper's space (up to two convolutions, then up to two linears), plus what it does not have:
+    residual blocks, a gate, and thinned copies of the network's own tail.
 
     Widths follow the frontier's channels; frontiers without maps have linears alone.
     """
-    linears = () if task == "dense" else trial.suggest_categorical("linears", [(), (64,), (128,)])
-    if task == "classify" and not all(len(live.shape) == 4 for live in site.live):
+    maps = task == "dense" or all(len(live.shape) == 4 for live in site.live)
+    kinds = ["tail", "linear", *(["conv", "conv2", "block", "block2"] if maps else [])]
+    kind = trial.suggest_categorical("kind", kinds)
+    if kind == "tail":
+        return ShortcutSpec(share=trial.suggest_categorical("share", [0.03, 0.07, 0.15, 0.3]))
+    linears = () if task == "dense" else ((), (64,), (128,))[trial.suggest_int("linears", 0, 2)]
+    if not maps:
         return HeadSpec(linears=linears)
-    kind = trial.suggest_categorical("kind", ["linear", "conv", "conv2", "block", "block2"])
     width = min(256, max(8, sum(min(live.shape[1:]) for live in site.live if len(live.shape) == 4)))
     wide = [max(8, round(width * trial.suggest_categorical(f"width{i}", [0.5, 1.0, 2.0, 4.0]))) for i in range(2)]
     stride = [trial.suggest_categorical(f"stride{i}", [1, 2]) for i in range(2)]
@@ -128,7 +137,8 @@ def search_heads(
 ) -> HeadSearch:
     """Try head shapes at every site of ``net`` on the frozen network's cached features; labels are not read.
 
-    trials: per site; the first is the default head, so that the choice is never worse than it on the samples held out.
+    trials: per site; the first are the default head and the default copy of the network's tail, so that on the samples
+        held out the choice is never worse than these.
     epochs: of each trial; ``recipe`` overrules the rest of the training.
     tolerance: share of samples that may leave with another class than the backbone's, when heads are compared.
     largest: heads that cost more than this share of the MACs after the site are not tried.
@@ -166,9 +176,10 @@ def search_heads(
             tried = _Tried(net, site, parts, recipe, tolerance, largest, accelerator.device)
             sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(5, trials // 3))
             study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-            tried.first()
-            bar(site.name)
-            for _ in range(trials - 1):
+            for spec in tried.defaults()[:trials]:
+                tried(spec, always=True)
+                bar(site.name)
+            for _ in range(trials - 2):
                 trial = study.ask()
                 done = tried(space(trial, site, net.task))
                 if done is None:
@@ -197,25 +208,31 @@ class _Tried:
         self, net: "MultiExit", site: ExitSite, parts: tuple[Features, Features], recipe: Recipe, tolerance: float,
         largest: float, device: torch.device,
     ) -> None:
-        self.site, self.task, self.classes = site, net.task, net.num_classes
+        self.net, self.site, self.task, self.classes = net, site, net.task, net.num_classes
         (self.train, self.test), self.recipe, self.tolerance, self.device = parts, recipe, tolerance, device
         self.largest = largest * site.macs_after
         shape = self.test.teacher.shape
         self.out = (shape[2], shape[3]) if net.task == "dense" else None
-        self.done: dict[HeadSpec, HeadTrial] = {}
+        self.done: dict[Spec, HeadTrial] = {}
 
-    def first(self) -> None:
-        spec = default_spec(self.site.live, self.classes, self.task, self.out, macs_after=self.site.macs_after)
-        self(spec, always=True)
+    def defaults(self) -> list[Spec]:
+        """What ``attach`` would hang here if nothing were said, and what a bare ShortcutSpec would."""
+        plain = default_spec(self.site.live, self.classes, self.task, self.out, macs_after=self.site.macs_after)
+        return [plain, ShortcutSpec()]
 
-    def __call__(self, spec: HeadSpec, always: bool = False) -> HeadTrial | None:
-        if spec in self.done:
-            return self.done[spec]
+    def __call__(self, spec: Spec, always: bool = False) -> HeadTrial | None:
         seed_all(self.recipe.seed, 2)
+        head: nn.Module
         try:
-            head = build(spec, self.site.live, self.classes, self.task, self.out)
+            if isinstance(spec, ShortcutSpec):
+                head = build_shortcut(spec, self.site, self.net.traced, self.net.logits)
+                spec = ShortcutSpec(keep=head.spec.keep)  # two shares may keep the same blocks
+            else:
+                head = build(spec, self.site.live, self.classes, self.task, self.out)
         except HeadError:
             return None
+        if spec in self.done:
+            return self.done[spec]
         macs = head_macs(head, self.site.live)
         if macs > self.largest and not always:
             return None
@@ -226,7 +243,7 @@ class _Tried:
                                     saved_macs=leaving * self.site.macs_after - macs)
         return self.done[spec]
 
-    def _fit(self, head: ExitHead) -> None:
+    def _fit(self, head: nn.Module) -> None:
         recipe, steps = self.recipe, self.train.steps(1) * self.recipe.epochs
         optimiser = torch.optim.AdamW(head.train().parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         step = 0
@@ -242,7 +259,7 @@ class _Tried:
                 optimiser.zero_grad()
                 step += 1
 
-    def _measure(self, head: ExitHead) -> tuple[float, float]:
+    def _measure(self, head: nn.Module) -> tuple[float, float]:
         head.eval()
         sure, wrong = [], []
         with torch.no_grad():
