@@ -51,7 +51,7 @@ def draw(seed: int, stream: int, index: int, size: tuple[int, int], low: int, hi
     sky = dice.near(dice.pick(SKIES), 6 + hard // 40)
     canvas = Canvas(height, width, sky, dice.between(30000 - 27 * hard, 40000 - 30 * hard))
     eye = Camera(cx=width * dice.between(500 - hard // 8, 500 + hard // 8) // 1000,
-                 cy=height * dice.between(400 - hard // 12, 430 + hard // 12) // 1000, f=max(width * 3 // 4, 1))
+                 cy=height * dice.between(400 - hard // 12, 430 + hard // 12) // 1000, f=max(width * 7 // 8, 1))
     _sky_and_ground(canvas, eye, dice, sky, hard)
     _houses(canvas, eye, dice, hard)
     for thing in sorted(_things(canvas, eye, dice, kind, hard), key=lambda thing: -thing[0]):
@@ -125,14 +125,14 @@ def _things(canvas: Canvas, eye: Camera, dice: Dice, kind: int, hard: int) -> li
     def add(make: Callable[[Stand, Dice, int], None], x: int, z: int, cls: int) -> None:
         things.append((z, lambda: make(Stand(canvas, eye, x, z, cls), dice, hard)))
 
-    main_z = dice.between(480 + hard // 4, 600 + hard * 7 // 10)
     name = KINDS[kind]
+    main_z = dice.between(400 + hard // 5, 520 + hard * 6 // 10) + FURTHER.get(name, 0)
     if name != "empty":
         reach = canvas.w * main_z * 28 // (100 * eye.f)
         x = dice.between(-reach // 2, reach // 2)
         make, cls = MAKERS[name]
-        if name in ("tree", "lamp", "sign"):  # these stand on the kerb side, as near the middle as the picture allows
-            x = dice.pick((-1, 1)) * min(reach, 420)
+        if name in FURTHER:
+            x = dice.pick((-1, 1)) * min(reach * 3 // 2, 400)
         add(make, x, main_z, cls)
     nearest = max(main_z * 2, 1000) if name != "empty" else 2200 - hard // 2
     for _ in range(dice.between(1 + hard // 150, 3 + hard // 70)):
@@ -204,7 +204,7 @@ def _bicyclist(at: Stand, dice: Dice, hard: int) -> None:
     coat = dice.near(dice.pick(PAINT), 20) if not dice.chance(hard // 2) else dice.near((105, 100, 98), 25)
     frame, way = dice.near(dice.pick(PAINT), 15), dice.pick((-1, 1))
     for u in (-56, 56):
-        at.disc(u, 35, 36, 36, (25, 25, 28), 680)
+        at.disc(u, 35, 36, 36, (25, 25, 28), 600)
     for u0, u1, v0, v1 in ((-56, 10, 36, 46), (5, 14, 36, 95), (-40, 40, 78, 86), (36, 50, 36, 105)):
         a, b = sorted((way * u0, way * u1))
         at.box(a, v0, b, v1, frame)
@@ -246,10 +246,10 @@ def _sign(at: Stand, dice: Dice, hard: int) -> None:
 def _lamp(at: Stand, dice: Dice, hard: int) -> None:
     steel, way = dice.near((95, 98, 100), 20 + hard // 50), dice.pick((-1, 1))
     at.box(-12, 0, 12, 60, steel)
-    at.box(-8, 0, 8, 520, steel)
+    at.box(-8, 0, 8, 470, steel)
     a, b = sorted((0, way * 120))
-    at.box(a, 508, b, 524, steel)
-    at.disc(way * 120, 508, 24, 12, dice.near((230, 225, 190), 15))
+    at.box(a, 458, b, 474, steel)
+    at.disc(way * 120, 458, 24, 12, dice.near((230, 225, 190), 15))
 
 
 def _barrier(at: Stand, dice: Dice, hard: int) -> None:
@@ -263,6 +263,8 @@ def _barrier(at: Stand, dice: Dice, hard: int) -> None:
             at.box(u, v, min(u + 40, half), v + 30, first if number % 2 else second)
 
 
+FURTHER = {"tree": 250, "sign": 250, "lamp": 400}
+"""These stand at the kerb, so they are in the picture only from further away (centimetres)."""
 MAKERS: dict[str, tuple[Callable[[Stand, Dice, int], None], int]] = {
     "car": (_car, CAR), "person": (_person, PERSON), "bicyclist": (_bicyclist, BICYCLIST), "tree": (_tree, TREE),
     "sign": (_sign, SIGN), "fence": (_barrier, FENCE), "lamp": (_lamp, POLE),

@@ -21,14 +21,15 @@ BLOCK = 10
 def camvid(path: str | Path, *, prepare: Prepare | None = None) -> Source:
     """Read ids 0 to 10, 11 being void (255 here), at the size of the files unless ``prepare.size`` says another.
 
-    ``train`` is the folder train, and ``unlabelled`` the same pictures, trainannot never looked at. Where there is a folder
-    test, it is ``test`` and val is ``calibration``; where there is none, blocks of ten frames of val go to the two in turn.
+    ``train`` is the folder train, and ``unlabelled`` the same pictures, trainannot never looked at. Where there is a
+    folder test, it is ``test`` and val is ``calibration``; where there is none, blocks of ten frames of val go to the
+    two in turn.
     """
     root = existing_folder(path, "camvid", LAYOUT)
     folders = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
     if not folders:
         raise DataError(expected=LAYOUT, got=f"none of these folders in {root}", where="camvid",
-                        todo="give the folder that holds train and val; other layouts go through imagefolder or your own")
+                        todo="give the folder that holds train and val")
     empty = [str(folder) for folder in folders.values() if not image_files(folder)]
     if empty:
         raise DataError(expected="images in each folder", got=f"none in {', '.join(empty)}", where="camvid",

@@ -97,7 +97,7 @@ def cifar10(path: str | Path, *, prepare: Prepare | None = None) -> Source:
 
     ``train`` is every ``data_batch_*.bin``. ``test_batch.bin`` is cut by ``splits.json`` (lists of record numbers for
     unlabelled, calibration and test, beside the files or one folder up) where there is one, else into 30 % calibration
-    and 70 % test, dealt by a hash of the record number: images that a pretrained network has seen are no calibration data.
+    and 70 % test, dealt by a hash of the record number: images that a pretrained network has seen cannot calibrate it.
     """
     folder = existing_folder(path, "cifar10", LAYOUT)
     inner = folder / "cifar-10-batches-bin"

@@ -33,8 +33,8 @@ class FileSplit(Split):
     """Image files with no labels, one class each, or a label picture each.
 
     ``targets`` is None, or per image an int or the Path of a PNG whose grey (or palette) value is the class; values in
-    ``void`` become 255. ``prepare.size`` resizes: dense images and labels to exactly (H, W); others by their shorter side
-    to 8/7 of it, cut at the centre, as networks trained on ImageNet are measured.
+    ``void`` become 255. ``prepare.size`` resizes: dense images and labels to exactly (H, W); others by their shorter
+    side to 8/7 of it, cut at the centre, as networks trained on ImageNet are measured.
     """
 
     def __init__(

@@ -57,8 +57,9 @@ def imagefolder(path: str | Path, *, prepare: Prepare | None = None) -> Source:
         if labels and classes and split != "unlabelled":
             stray = [f for f in files if not _class(f, root, depth)]
             if stray:
-                raise DataError(expected="every image in a subfolder named after its class", where=f"imagefolder/{split}",
-                                got=", ".join(map(str, stray[:10])), todo="move these images into class subfolders")
+                raise DataError(expected="every image in a subfolder named after its class",
+                                got=", ".join(map(str, stray[:10])), where=f"imagefolder/{split}",
+                                todo="move these images into class subfolders")
             number = {name: i for i, name in enumerate(classes)}
             targets = [number[_class(f, root, depth)] for f in files]
         return FileSplit(files, root=root, source="imagefolder", split=split, task="classify", class_names=classes,

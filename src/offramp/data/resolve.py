@@ -32,17 +32,18 @@ def load_data(spec: str, split: str, *, labels: bool = True, augment: Augment | 
               std: tuple[float, ...] | None = None) -> Split: ...
 def load_data(
     spec: str, split: str | None = None, *, labels: bool = True, augment: Augment | None = None,
-    size: tuple[int, int] | str | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
+    size: tuple[int, int] | str | None = None, mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> Source | Split:
     """Find data by what a user types; the whole source, or one of its splits (or several, as ``train+unlabelled``).
 
     ``spec`` is ``camvid:PATH``, ``cifar10:PATH``, ``imagefolder:PATH``, ``scenes``, each with options such as
     ``?size=96x128`` (also n, seed, difficulty=0.2-0.8 and task for scenes; mean and std for all), or
-    ``package.module:callable``: a function that takes ``split`` and the options and returns a Dataset, or that takes the
-    options alone and returns a Source or a dict of Datasets by split. Arguments here win over options in ``spec``.
+    ``package.module:callable``: a function that takes ``split`` and the options and returns a Dataset, or that takes
+    the options alone and returns a Source or a dict of Datasets by split. Arguments here win over options in ``spec``.
 
-    >>> load_data("scenes?size=32x48&n=6", "test")
-    <scenes/test: 3 images, dense, 11 classes, ...>
+    >>> len(load_data("scenes?size=32x48&n=6", "test"))
+    3
     """
     parsed = parse(spec)
     options = dict(parsed.options)
@@ -62,8 +63,8 @@ def _prepare_options(wanted: Mapping[str, Any], spec: str) -> dict[str, Any]:
         try:
             checked[name] = tuple(float(n) for n in numbers)
         except (TypeError, ValueError) as error:
-            raise DataError(expected=f"{name} as three numbers, such as {name}=0.5,0.5,0.5", got=repr(value), where=spec,
-                            todo="mend the option") from error
+            raise DataError(expected=f"{name} as three numbers, such as {name}=0.5,0.5,0.5", got=repr(value),
+                            where=spec, todo="mend the option") from error
     return checked
 
 
@@ -105,7 +106,8 @@ def _source(spec: Spec, options: dict[str, Any], prepare: dict[str, Any]) -> Sou
         if "." not in spec.kind and (close := near(spec.kind, [*READERS, "scenes"])).startswith("did you mean"):
             raise DataError(expected=_known(), got=repr(spec.text), where="load_data", todo=close)
         return _foreign_source(spec, options, prepare)
-    raise DataError(expected=_known(), got=repr(spec.text), where="load_data", todo=near(spec.kind, [*READERS, "scenes"]))
+    close = near(spec.kind, [*READERS, "scenes"])
+    raise DataError(expected=_known(), got=repr(spec.text), where="load_data", todo=close)
 
 
 def _known() -> str:

@@ -14,5 +14,6 @@ from offramp.models.weights import load_weights_, read_weights
 
 __all__ = [
     "CifarResNet", "SceneClassifier", "SceneSegmenter", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44",
-    "cifar_resnet56", "cifar_resnet110", "load_model", "load_weights_", "read_weights", "scenes_classify", "scenes_dense",
+    "cifar_resnet56", "cifar_resnet110", "load_model", "load_weights_", "read_weights", "scenes_classify",
+    "scenes_dense",
 ]

@@ -106,8 +106,8 @@ def _own(spec: Spec, weights: str | None, options: Mapping[str, Any]) -> nn.Modu
 def _torchvision(spec: Spec, weights: str | None, options: Mapping[str, Any]) -> nn.Module:
     from torchvision import models
 
-    if spec.name not in models.list_models():
-        raise _unknown(spec, models.list_models())
+    if spec.name not in _torchvision_names():
+        raise _unknown(spec, _torchvision_names())
     extra: dict[str, Any] = {}
     if weights is not None:
         known = ["DEFAULT", *(w.name for w in models.get_model_weights(spec.name))]
@@ -117,6 +117,12 @@ def _torchvision(spec: Spec, weights: str | None, options: Mapping[str, Any]) ->
     elif "weights_backbone" not in options and "backbone" in str(_signature(models.get_model_builder(spec.name))):
         extra["weights_backbone"] = None  # else torchvision fetches ImageNet weights for the backbone unasked
     return _build(models.get_model, spec, spec.name, weights=weights, **extra, **options)
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return list(models.list_models())
 
 
 def _signature(function: Callable[..., Any]) -> str:
@@ -144,7 +150,8 @@ def _timm(spec: Spec, weights: str | None, options: Mapping[str, Any]) -> nn.Mod
 
 def _smp(spec: Spec, weights: str | None, options: Mapping[str, Any]) -> nn.Module:
     smp = require("segmentation_models_pytorch", "smp: networks")
-    architectures = [n for n in dir(smp) if isinstance(getattr(smp, n), type) and issubclass(getattr(smp, n), nn.Module)]
+    found = {name: getattr(smp, name) for name in dir(smp)}
+    architectures = [name for name, it in found.items() if isinstance(it, type) and issubclass(it, nn.Module)]
     if spec.name not in architectures:
         raise _unknown(spec, architectures)
     options = dict(options)
@@ -188,6 +195,9 @@ def _hf(spec: Spec, weights: str | None, options: Mapping[str, Any]) -> nn.Modul
 def _callable(spec: Spec, weights: str | None, options: Mapping[str, Any]) -> nn.Module:
     expected = f"a network named {', '.join(f'{k}:NAME' for k in KINDS)} or package.module:callable"
     close = near(spec.kind, KINDS)
+    if not spec.name and spec.kind in _torchvision_names():
+        close = f"did you mean torchvision:{spec.kind}?"
+        raise OfframpError(expected=expected, got=repr(spec.text), where="load_model", todo=close)
     if not spec.name or ("." not in spec.kind and close.startswith("did you mean")):
         guess = near(spec.kind, [f"{k}" for k in KINDS] + [f"offramp:{n}" for n in OWN])
         raise OfframpError(expected=expected, got=repr(spec.text), where="load_model", todo=guess)
