@@ -1,0 +1,94 @@
+"""Clocks side by side: the untouched network, the deployed one, and the network cut at one exit for every sample."""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.choose.replay import replay
+from offramp.cli.folder import Run
+from offramp.cli.say import note
+from offramp.cost.latency import Timing, describe_machine, measure
+from offramp.graph import begin, split
+from offramp.nn.guest import evaluating
+from offramp.nn.multiexit import MultiExit
+from offramp.runtime import deploy
+from offramp.table import write_atomic
+
+__all__ = ["CutAt", "bench_run"]
+
+
+class CutAt(nn.Module):
+    """A smaller static network: the backbone up to one exit, and that exit's head, for every sample."""
+
+    def __init__(self, net: MultiExit, column: str) -> None:
+        super().__init__()
+        site = next(one.site for one in net.columns if one.name == column)
+        self.stage, self.head, self._traced = split(net.traced, [site])[0], net.head(column), net.traced
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        after = self.stage(begin(self._traced, *args, **kwargs))
+        logits: Tensor = self.head(*after.tensors)
+        return logits
+
+
+def bench_run(
+    run: Run, *, batches: Sequence[int] = (1, 32), repeats: int = 40, engine: Any = "eager", dtype: str | None = None,
+    device: str | None = None, budget_s: float = 60.0, quiet: bool = False,
+) -> dict[str, Any]:
+    """Time the networks in turn on the test split's own samples, and keep the figures in bench.json."""
+    net, plan, table = run.net, run.plan(), run.table("test")
+    where = torch.device(device or "cpu")
+    net.to(where)
+    fast = deploy(net, plan, engine=engine, dtype=dtype).to(where)
+    done = replay(table, plan)
+    spent = float(done.macs.mean())
+    prices = {name: float(table.costs.path([e])[0]) for e, name in enumerate(table.names[:-1])}
+    nearest = min(prices, key=lambda name: abs(prices[name] - spent))
+    networks: dict[str, nn.Module] = {"untouched": net.backbone, "adaptive": fast,
+                                      f"static: cut at {nearest}": CutAt(net, nearest)}
+    data, rows, quiet_machine = run.source.split("test", labels=False), [], True
+    with evaluating(net, net.backbone):
+        for batch in batches:
+            if not quiet:
+                note(f"timing {len(networks)} networks at batch {batch}")
+            turns = max(4, min(repeats, 4 * repeats // max(batch, 1)))
+            inputs = _inputs(data, batch, turns, where)
+            fns = {name: _over(network, inputs) for name, network in networks.items()}
+            times = measure(fns, repeats=turns, device=where, budget_s=budget_s / len(batches))
+            quiet_machine &= all(one.quiet for one in times.values())
+            rows += [_row(name, batch, time) for name, time in times.items()]
+    page = {
+        "format": "offramp.bench", "version": 1, "rows": rows, "macs": {"untouched": float(table.costs.macs[-1]),
+                                                                        "adaptive": spent, "static": prices[nearest]},
+        "setting": {"device": str(where), "engine": engine, "dtype": dtype or "float32",
+                    "threads": torch.get_num_threads()},
+        "machine": describe_machine(),
+        "note": "" if quiet_machine else "The machine was busy: threads waited for a core in many samples, and the least "
+                                         "delayed were kept. Repeat on a quiet machine before quoting these times.",
+    }
+    write_atomic(run.path / "bench.json", json.dumps(page, indent=1) + "\n")
+    return page
+
+
+def _inputs(data: Any, batch: int, turns: int, where: torch.device) -> list[Tensor]:
+    """Up to ``turns`` batches of different samples, spread over the split."""
+    count = max(1, min(turns, len(data) // batch))
+    step = max(1, len(data) // (count * batch))
+    order = [(i * step) % len(data) for i in range(count * batch)]
+    images = [data[i] for i in order]
+    return [torch.stack(images[i * batch:(i + 1) * batch]).to(where) for i in range(count)]
+
+
+def _over(network: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], Any]:
+    turn = itertools.cycle(inputs)
+    return lambda: network(next(turn))
+
+
+def _row(name: str, batch: int, time: Timing) -> dict[str, Any]:
+    mean = sum(time.samples_ms) / len(time.samples_ms)
+    return {"network": name, "batch": batch, "p50_ms": time.p50_ms, "p95_ms": time.p95_ms,
+            "throughput_per_s": 1000 * batch / mean, "samples": time.repeats, "dropped": time.dropped}

@@ -1,0 +1,83 @@
+"""The report verb: gathers what the run folder holds, runs a few images for their maps, and writes one page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from offramp.cli.folder import Run, example, probe
+from offramp.cli.say import Steps
+from offramp.cost import macs
+from offramp.functional.metrics import accuracy, confusion, mean_iou
+from offramp.models import load_model
+from offramp.nn.guest import evaluating
+from offramp.nn.output import read_logits
+from offramp.report import DenseExample, Point, Report, gather, render, write
+from offramp.report.curve import TOLERANCES
+
+__all__ = ["dense_examples", "report_run", "static_point"]
+
+
+def report_run(
+    run: Run, *, out: Path | None = None, fitted_on: str = "calibration", test: str = "test", static: Sequence[str] = (),
+    command: str = "", quiet: bool = False, examples: int = 4,
+) -> tuple[Path, Report]:
+    """Write the page; its path, and the figures on it."""
+    plan, table = run.plan(), run.table(test)
+    source = run.source
+    split = source.split(test)
+    points = [static_point(one, run, test, quiet=quiet) for one in static]
+    about = {"model": run.manifest.model, "data": run.manifest.data,
+             "recipe": str(run.manifest.recipe.get("data", {}).get("loss", "")) + " loss",
+             "command": "\n".join([*run.manifest.commands, *([command] if command not in run.manifest.commands else [])])}
+    # a dense search weighs matrices: fewer points keep the report within a minute
+    tolerances = TOLERANCES if table.task == "classify" else TOLERANCES[1:10:2]
+    report = gather(fitted_on=run.table(fitted_on), test=table, plan=plan, bench=run.bench(), static=points, about=about,
+                    tolerances=tolerances)
+    maps = dense_examples(run, report, split, examples) if table.task == "dense" else []
+    page = write(out or run.path / "report.html",
+                 render(report, dataset=split, dense=maps, title=f"offramp: {run.manifest.model}"))
+    return page, report
+
+
+def dense_examples(run: Run, report: Report, split: Any, count: int) -> list[DenseExample]:
+    """One image of each exit that was used, the surest first, then more of the hardest."""
+    left = report.realised.exit_index
+    wanted: list[int] = []
+    for k in range(len(report.plan.exits)):
+        rows = (left == k).nonzero().flatten().tolist()
+        wanted += sorted(rows, key=lambda i: report.scores[i, k])[len(rows) // 2:][:1]
+    wanted = list(dict.fromkeys([*wanted, *report.last]))[:count]
+    columns, found = [*report.realised.columns], []
+    net = run.net
+    with evaluating(net):
+        for i in wanted:
+            sample = split[i]
+            image, label = sample if isinstance(sample, tuple | list) else (sample, None)
+            said = net(image[None])
+            probs = torch.cat([said[c].float().softmax(1) for c in columns])
+            found.append(DenseExample(
+                name=f"#{i}", image=split.read(i)[0], label=label, predictions=probs.argmax(1),
+                confidences=probs.amax(1), left_at=int(left[i]),
+            ))
+    return found
+
+
+def static_point(spec: str, run: Run, test: str, *, quiet: bool = False) -> Point:
+    """Another network on the same split: its quality, and what it costs."""
+    model = load_model(spec)
+    split = run.source.split(test)
+    inputs = example(run.manifest.shape, rows=1)
+    probe(model, inputs, spec)
+    said, truth = [], []
+    with evaluating(model):
+        cost = macs.count(model, inputs).total
+        for images, labels in Steps(DataLoader(split, batch_size=32), f"measuring {spec}", quiet=quiet):
+            said.append(read_logits(model(images)).argmax(1))
+            truth.append(labels)
+    predictions, labels = torch.cat(said), torch.cat(truth)
+    quality = accuracy(predictions, labels) if predictions.ndim == 1 else float(
+        mean_iou(confusion(predictions, labels, run.net.num_classes).sum(0)))
+    return Point(name=spec, macs=float(cost), quality=quality)

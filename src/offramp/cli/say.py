@@ -1,0 +1,115 @@
+"""How the command line speaks: results on stdout, everything else on stderr, faults in one sentence."""
+
+import errno
+import functools
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from offramp.errors import OfframpError
+
+__all__ = ["Debug", "Json", "Steps", "command_line", "fail", "note", "result", "verb"]
+
+P = ParamSpec("P")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a fault.")]
+
+_stderr = Console(stderr=True, highlight=False)
+
+
+def note(words: str) -> None:
+    """Something to know, on stderr."""
+    _stderr.print(words, markup=False, soft_wrap=True)
+
+
+def result(data: Mapping[str, Any], words: str, *, as_json: bool) -> None:
+    """The outcome of a verb: for a machine or for a person."""
+    sys.stdout.write((json.dumps(_plain(data), indent=1) if as_json else words.rstrip()) + "\n")
+    sys.stdout.flush()
+
+
+def fail(words: str) -> NoReturn:
+    """End with exit code 2 and one message."""
+    raise OfframpError(words)
+
+
+def command_line() -> str:
+    """What the user typed."""
+    return shlex.join(["offramp", *sys.argv[1:]])
+
+
+def verb(function: Callable[P, None]) -> Callable[P, None]:
+    """A verb that ends with exit code 2 and one clear sentence when the input is at fault; ``--debug`` adds the traceback."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            note("stopped; the same command goes on from here")
+            raise typer.Exit(130) from None
+        except (OfframpError, OSError, MemoryError, RuntimeError) as error:
+            words = _sentence(error)
+            if words is None:
+                raise
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            if kwargs.get("as_json"):
+                sys.stdout.write(json.dumps({"error": words}) + "\n")
+            _stderr.print("error: ", style="bold red", end="")
+            note(words)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def _sentence(error: BaseException) -> str | None:
+    if isinstance(error, OfframpError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "no space left on the disk; nothing was half-written. What to do: free some, or choose another --out"
+        return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return f"out of memory. What to do: a smaller --batch-size, or another --device ({str(error).splitlines()[0][:200]})"
+    return None
+
+
+class Steps:
+    """An iterable with a progress bar and its remaining time on stderr; keeps ``.dataset`` for who looks for it."""
+
+    def __init__(self, items: Iterable[Any], words: str, *, quiet: bool = False) -> None:
+        self.items, self.words, self.quiet = items, words, quiet
+        self.dataset = getattr(items, "dataset", None)
+
+    def __len__(self) -> int:
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.quiet or not _stderr.is_terminal:
+            if not self.quiet:
+                note(self.words)
+            yield from self.items
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn())
+        with Progress(*columns, console=_stderr, transient=True) as bar:
+            yield from bar.track(self.items, total=len(self), description=self.words)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

@@ -1,0 +1,278 @@
+"""The verbs and their flags; what they do is in the modules beside this one, loaded when a verb runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli.say import Debug, Json, command_line, fail, result, verb
+
+if TYPE_CHECKING:
+    from offramp.cli.folder import Run
+    from offramp.types import Plan
+
+__all__ = ["app", "main"]
+
+EPILOG = (
+    "MODEL: torchvision:resnet50?weights=DEFAULT, timm:hrnet_w18, smp:Unet?encoder_name=resnet18, offramp:cifar_resnet56, "
+    "or package.module:callable. DATA: imagefolder:PATH, cifar10:PATH, camvid:PATH, scenes, or package.module:callable."
+)
+app = typer.Typer(
+    name="offramp", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Make a pretrained network leave early: exits, thresholds and a report, at a loss that you state.\n\n"
+         "[b]In one go:[/b] offramp adapt MODEL --data DATA --out run, then offramp bench run, offramp report run\n\n"
+         "[b]Step by step:[/b] train, record, search, bench, report, run", epilog=EPILOG,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The network; see below.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+Data = Annotated[str, typer.Option("--data", metavar="DATA", help="The data; see below.")]
+Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to make or go on with.")]
+Exits = Annotated[str, typer.Option(help="How many exits, or the names of their sites, with commas.")]
+Within = Annotated[str | None, typer.Option(help="Cut this submodule instead of the whole network.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="label_free (no labels) or joint (labels, whole network).")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; the recipe's own unless given.")]
+Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate; the recipe's own unless given.")]
+Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
+TrainSplit = Annotated[str | None, typer.Option(help="Splits to train on, such as train+unlabelled.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the CPU, or what accelerate finds, unless given.")]
+Precision = Annotated[str | None, typer.Option(help="bf16 trains in mixed precision.")]
+Again = Annotated[bool, typer.Option("--again", help="Begin anew instead of going on.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Batches = Annotated[str, typer.Option(help="Batch sizes to time, with commas.")]
+MaxDrop = Annotated[float, typer.Option(help="Loss to tolerate, a fraction: 0.01 is one point.")]
+Minimise = Annotated[str, typer.Option(help="macs or latency_ms.")]
+Tolerance = Annotated[str, typer.Option(help="joint spends the loss where it saves most; halving and even share it out.")]
+Confidence = Annotated[str, typer.Option(help="top, margin or entropy.")]
+MaxExits = Annotated[int | None, typer.Option(min=0, help="Use at most so many exits.")]
+Against = Annotated[str, typer.Option(help="What the loss is measured against: auto, labels or backbone.")]
+LatencyBatch = Annotated[int, typer.Option("--latency-batch", help="Batch size at which latency_ms is meant.")]
+
+
+@app.command(epilog="offramp sites torchvision:resnet50 --shape 3x224x224\n\n" + EPILOG)
+@verb
+def sites(
+    model: Model, data: Annotated[str | None, typer.Option("--data", help="Take the input's shape from this data.")] = None,
+    shape: Annotated[str, typer.Option(help="Or give it: CHANNELSxHEIGHTxWIDTH.")] = "3x224x224", within: Within = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """List the places where a network can be cut: what is live there, MACs before and after, whether the batch may shrink."""
+    import json
+
+    from offramp.cli.folder import example, probe
+    from offramp.cli.work import open_model
+    from offramp.data import load_data
+    from offramp.graph import sites as sites_of
+    from offramp.models import load_model
+
+    if data is not None:
+        source = load_data(data)
+        network, size = open_model(model, source, source.splits[0])
+    else:
+        size = _numbers(shape, "x", "--shape")
+        network = load_model(model)
+        probe(network, example(size), model)
+    found = sites_of(network, example(size), within=within)
+    result({"model": model, "sites": json.loads(found.to_json())}, str(found), as_json=as_json)
+
+
+@app.command(epilog="offramp train offramp:cifar_resnet56?weights=net.pth --data cifar10:data/cifar10 --out run\n\n" + EPILOG)
+@verb
+def train(
+    model: Model, data: Data, out: Out, exits: Exits = "4", recipe: RecipeName = "label_free", epochs: Epochs = None,
+    lr: Rate = None, seed: Seed = 0, train_split: TrainSplit = None, within: Within = None, device: Device = None,
+    precision: Precision = None, again: Again = False, as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Cut a network, hang exits on the cuts and train them; makes the run folder. Goes on after a stop."""
+    run = _train(model, data, out, exits, recipe, epochs, lr, seed, train_split, within, device, precision, again, as_json)
+    result({"run": str(out), "exits": run.manifest.exits}, f"{out}: exits at {', '.join(run.manifest.exits)}\n"
+           f"next: offramp record {out}", as_json=as_json)
+
+
+@app.command(epilog="offramp record run --batches 1,32")
+@verb
+def record(
+    run: Folder, split: Annotated[str, typer.Option(help="Splits to record, with commas.")] = "calibration,test",
+    batches: Batches = "1", batch_size: BatchSize = 32, device: Device = None, again: Again = False, as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Memoise what every exit says on a split, and what it costs; search and report read nothing else."""
+    from offramp.cli.folder import Run
+    from offramp.cli.work import record_run
+
+    opened = Run.open(run)
+    opened.save(command_line())
+    tables = record_run(opened, split.split(","), batches=_numbers(batches, ",", "--batches"), batch_size=batch_size,
+                        device=device, again=again, quiet=as_json)
+    counts = {name: len(table) for name, table in tables.items()}
+    words = "\n".join(f"{run}/tables/{name}.json: {count} samples" for name, count in counts.items())
+    result({"run": str(run), "tables": counts}, f"{words}\nnext: offramp search {run} --max-drop 0.01", as_json=as_json)
+
+
+@app.command(epilog="offramp search run --max-drop 0.01 --minimise latency_ms")
+@verb
+def search(
+    run: Folder, max_drop: MaxDrop = 0.01, minimise: Minimise = "macs", tolerance: Tolerance = "joint",
+    confidence: Confidence = "top", max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1,
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Choose exits and thresholds on the calibration split: the cheapest plan within a loss that you state."""
+    from offramp.cli.folder import Run
+    from offramp.cli.work import search_run
+
+    plan = search_run(Run.open(run), options=_options(max_drop, minimise, tolerance, confidence, max_exits, against,
+                                                      latency_batch), command=command_line())
+    result({"run": str(run), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes},
+           f"{_plan(plan)}\nnext: offramp bench {run}; offramp report {run}", as_json=as_json)
+
+
+@app.command(epilog="offramp adapt torchvision:resnet18?weights=net.pth --data imagefolder:photos --out run "
+                    "--max-drop 0.01\n\n" + EPILOG)
+@verb
+def adapt(
+    model: Model, data: Data, out: Out, max_drop: MaxDrop = 0.01, exits: Exits = "4", recipe: RecipeName = "label_free",
+    epochs: Epochs = None, lr: Rate = None, seed: Seed = 0, train_split: TrainSplit = None, within: Within = None,
+    minimise: Minimise = "macs", tolerance: Tolerance = "joint", confidence: Confidence = "top",
+    max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1, batches: Batches = "1",
+    batch_size: BatchSize = 32, device: Device = None, precision: Precision = None, again: Again = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Train, record and search in one go: from a pretrained network and images to a plan."""
+    from offramp.cli.work import record_run, search_run
+
+    run = _train(model, data, out, exits, recipe, epochs, lr, seed, train_split, within, device, precision, again, as_json)
+    splits = [one for one in ("calibration", "test") if one in run.source.splits]
+    record_run(run, splits, batches=_numbers(batches, ",", "--batches"), batch_size=batch_size, device=device,
+               quiet=as_json)
+    plan = search_run(run, options=_options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch),
+                      command=command_line())
+    result({"run": str(out), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes},
+           f"{_plan(plan)}\nnext: offramp bench {out}; offramp report {out}", as_json=as_json)
+
+
+@app.command(epilog="offramp run --model run photos/ --out answers/")
+@verb
+def run(
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.", show_default=False)],
+    model: Annotated[Path, typer.Option("--model", metavar="RUN", help="The run folder of an adapted network.")],
+    out: Annotated[Path, typer.Option(help="A .csv or .json file, or a folder.")], batch_size: BatchSize = 16,
+    engine: Annotated[str, typer.Option(help="eager or compile.")] = "eager", device: Device = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Answer for images with the adapted network: class, confidence and exit of each; dense networks write label PNGs."""
+    from offramp.cli.folder import Run
+    from offramp.cli.predict import predict_run
+
+    done = predict_run(Run.open(model), images, out, batch_size=batch_size, engine=engine, device=device, quiet=as_json)
+    left = ", ".join(f"{name} {count}" for name, count in done["exits"].items())
+    result(done, f"{done['out']}: {done['images']} images; answered at {left}", as_json=as_json)
+
+
+@app.command(epilog="offramp bench run --batches 1,32")
+@verb
+def bench(
+    run: Folder, batches: Batches = "1,32", repeats: Annotated[int, typer.Option(min=3)] = 40,
+    engine: Annotated[str, typer.Option(help="eager or compile.")] = "eager",
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; the network's own unless given.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds to spend at most.")] = 60.0, device: Device = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Time the adapted network beside the untouched one and a static one of about equal cost, in turn, on the test split."""
+    from offramp.cli.bench import bench_run
+    from offramp.cli.folder import Run
+
+    opened = Run.open(run)
+    page = bench_run(opened, batches=_numbers(batches, ",", "--batches"), repeats=repeats, engine=engine, dtype=dtype,
+                     device=device, budget_s=budget, quiet=as_json)
+    opened.save(command_line())
+    lines = [f"{'network':32} {'batch':>5} {'p50 ms':>9} {'p95 ms':>9} {'per second':>11}"]
+    lines += [f"{row['network'][:32]:32} {row['batch']:5d} {row['p50_ms']:9.3g} {row['p95_ms']:9.3g} "
+              f"{row['throughput_per_s']:11.4g}" for row in page["rows"]]
+    result({"run": str(run), **page}, "\n".join([*lines, *([page["note"]] if page["note"] else [])]), as_json=as_json)
+
+
+@app.command(epilog="offramp report run --static torchvision:resnet18?weights=small.pth")
+@verb
+def report(
+    run: Folder, out: Annotated[Path | None, typer.Option(help="Where to; RUN/report.html unless given.")] = None,
+    split: Annotated[str, typer.Option(help="The split to report on.")] = "test",
+    static: Annotated[list[str] | None, typer.Option(metavar="MODEL", help="Another network to stand beside.")] = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Write one HTML page that opens anywhere: the curve, who leaves where, calibration, clocks, and what it was made of."""
+    from offramp.cli.folder import Run
+    from offramp.cli.judge import report_run
+
+    page, found = report_run(Run.open(run), out=out, test=split, static=static or (), command=command_line(),
+                             quiet=as_json)
+    result({"report": str(page), "saved_macs": found.saved, "drop": found.drop, "drop_interval": found.drop_interval,
+            "warnings": found.warnings}, str(page), as_json=as_json)
+
+
+@app.command(epilog="offramp demo --out runs/demo")
+@verb
+def demo(
+    out: Annotated[Path, typer.Option(metavar="RUN")] = Path("runs/demo"), seed: Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny run that shows the way, not the gain.")] = False,
+    again: Again = False, as_json: Json = False, debug: Debug = False,
+) -> None:
+    """The whole job on built-in street scenes, without any download: train a network, adapt it, time it, report on it."""
+    from offramp.cli.demo import demo_run
+
+    page, figures = demo_run(out, seed=seed, quick=quick, again=again, quiet=as_json, command=command_line())
+    result(figures, f"report: {page}", as_json=as_json)
+
+
+def _train(
+    model: str, data: str, out: Path, exits: str, recipe: str, epochs: int | None, lr: float | None, seed: int,
+    train_split: str | None, within: str | None, device: str | None, precision: str | None, again: bool, quiet: bool,
+) -> "Run":
+    from offramp.cli.work import make_recipe, start, train_run
+
+    if precision not in (None, "bf16"):
+        fail(f"--precision: expected bf16 or nothing, but got {precision!r}.")
+    made = make_recipe(recipe, epochs=epochs, lr=lr, seed=seed)
+    places: Any = int(exits) if exits.isdigit() else [one.strip() for one in exits.split(",")]
+    run = start(out, model=model, data=data, exits=places, within=within, recipe=made, again=again,
+                command=command_line())
+    train_run(run, made, split=train_split, device=device, precision=precision, quiet=quiet)
+    return run
+
+
+def _options(max_drop: float, minimise: str, tolerance: str, confidence: str, max_exits: int | None, against: str,
+             batch: int) -> dict[str, Any]:
+    allowed = {"--minimise": (minimise, ("macs", "latency_ms")), "--tolerance": (tolerance, ("joint", "halving", "even")),
+               "--confidence": (confidence, ("top", "margin", "entropy")), "--against": (against, ("auto", "labels", "backbone"))}
+    for flag, (value, known) in allowed.items():
+        if value not in known:
+            fail(f"{flag}: expected {', '.join(known)}, but got {value!r}.")
+    return {"max_drop": max_drop, "minimise": minimise, "tolerance": tolerance, "confidence": confidence,
+            "max_exits": max_exits, "against": against, "batch": batch}
+
+
+def _numbers(text: str, mark: str, flag: str) -> list[int]:
+    try:
+        found = [int(one) for one in text.lower().split(mark)]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        fail(f"{flag}: expected whole numbers such as {mark.join(['1', '32'])}, but got {text!r}.")
+    return found
+
+
+def _plan(plan: "Plan") -> str:
+    said = plan.predicted
+    lines = [f"exits {', '.join(plan.exits) or 'none'}; on {plan.split}, which it was fitted on:"]
+    macs, whole = float(said["macs"]), float(said["backbone_macs"])
+    lines.append(f"  {1 - macs / whole:.1%} fewer MACs ({macs / 1e6:.4g} M instead of {whole / 1e6:.4g} M a sample), "
+                 f"loss {float(said['loss']):.4f} against {said['loss_against']}")
+    lines.append("  leave at: " + ", ".join(f"{name} {share:.1%}" for name, share in
+                                            zip(said["exits"], said["shares"], strict=True)))
+    return "\n".join([*lines, *map(str, plan.notes)])
+
+
+def main() -> None:
+    """``offramp``."""
+    app()
+
+

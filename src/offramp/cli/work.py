@@ -1,0 +1,155 @@
+"""What the verbs do, one function each, on a run folder; each goes on where it stopped."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from offramp.choose.calibrate import calibrate
+from offramp.choose.plan import save_plan
+from offramp.choose.search import search
+from offramp.cli.folder import Manifest, Run, example, probe
+from offramp.cli.say import Steps, note
+from offramp.data import Source, Split, load_data
+from offramp.errors import OfframpError
+from offramp.models import load_model
+from offramp.nn.guest import fingerprint_of
+from offramp.record import record
+from offramp.table import ExitTable
+from offramp.train import recipes
+from offramp.train.history import History
+from offramp.train.loop import fit
+from offramp.train.recipe import Recipe
+from offramp.types import Plan
+
+__all__ = ["make_recipe", "open_model", "record_run", "search_run", "start", "train_run"]
+
+RECIPES = {"label_free": recipes.label_free, "joint": recipes.joint}
+
+
+def make_recipe(name: str, **options: Any) -> Recipe:
+    """A recipe by its function's name; options that are None keep its defaults."""
+    if name not in RECIPES:
+        from offramp._specs import near
+
+        raise OfframpError(expected=f"a recipe among {', '.join(RECIPES)}", got=repr(name), where="--recipe",
+                           todo=near(name, RECIPES))
+    return RECIPES[name](**{k: v for k, v in options.items() if v is not None})
+
+
+def first_shape(split: Split) -> list[int]:
+    """(C, H, W) of the first input."""
+    sample = split[0]
+    return list((sample[0] if isinstance(sample, tuple | list) else sample).shape)
+
+
+def training_split(source: Source, recipe: Recipe, wanted: str | None) -> Split:
+    """Which images the exits learn from: without labels all that may be trained on."""
+    if wanted is None:
+        wanted = "train" if recipe.loss == "labels" or "unlabelled" not in source.splits else "unlabelled"
+    if {"calibration", "test"} & set(wanted.split("+")):
+        raise OfframpError(expected="a split to train on", got=repr(wanted), where="--train-split",
+                           todo="exits are tuned on calibration and judged on test; train on train or unlabelled.")
+    return source.split(wanted, labels=recipe.loss == "labels")
+
+
+def open_model(model: str, data: Source, split: str) -> tuple[Any, list[int]]:
+    """The network, tried on the shape of the data."""
+    network = load_model(model)
+    shape = first_shape(data.split(split, labels=False))
+    probe(network, example(shape), model)
+    return network, shape
+
+
+def start(
+    out: Path, *, model: str, data: str, exits: int | Sequence[str], within: str | None, recipe: Recipe, again: bool,
+    command: str,
+) -> Run:
+    """A run folder with its network cut; an existing one when it was begun with the same arguments."""
+    if (out / "run.json").is_file() and not again:
+        run = Run.open(out)
+        made = run.manifest
+        theirs = {"MODEL": made.model, "--data": made.data, "--within": made.within, "--recipe": made.recipe}
+        ours = {"MODEL": model, "--data": data, "--within": within, "--recipe": recipe.to_json()}
+        other = [f"{name} {theirs[name]!r}" for name in ours if theirs[name] != ours[name]]
+        count = exits if isinstance(exits, int) else len(exits)
+        if len(made.exits) != count:
+            other.append(f"{len(made.exits)} exits")
+        if other:
+            raise OfframpError(expected=f"a run folder begun with these arguments at {out}",
+                               got=f"one begun with {'; '.join(other)}", where="--out",
+                               todo="choose another --out, or give --again to begin anew.")
+        return run
+    source = load_data(data)
+    network, shape = open_model(model, source, source.splits[0])
+    if again:
+        for old in ("plan.json", "bench.json", "report.html", *(f"tables/{one}.json" for one in source.splits),
+                    "train/checkpoint.safetensors"):
+            (out / old).unlink(missing_ok=True)
+    run = Run(out, Manifest(model=model, data=data, shape=shape, within=within, recipe=recipe.to_json(),
+                            whole=not recipe.freeze))
+    run.__dict__["backbone"], run.__dict__["source"] = network, source
+    guest = network.get_submodule(within) if within else network
+    run.manifest.backbone = fingerprint_of(guest)
+    net = run.attach(exits)
+    run.manifest.exits = [site.name for site in net.sites]
+    for site in net.sites:
+        columns = [column for column in net.columns if column.site == site.name]
+        run.manifest.heads[site.name] = {c.head: net.head(c.name).spec.to_json() for c in columns}  # type: ignore[union-attr, operator]
+    run.save(command)
+    return run
+
+
+def train_run(
+    run: Run, recipe: Recipe, *, split: str | None = None, device: str | None = None, precision: Any = None,
+    quiet: bool = False,
+) -> History | None:
+    """Train the exits; None when they are trained already."""
+    if run.manifest.trained:
+        note(f"exits of {run.path} are trained already")
+        return None
+    net = run.attach()
+    data = training_split(run.source, recipe, split)
+    if not quiet:
+        note(f"training {len(net.columns) - 1} exits on {len(data)} images of {data.split}, "
+             + ("with labels" if recipe.loss == "labels" else "without labels"))
+    history = fit(net, data, recipe, run_dir=run.path / "train", device=device, precision=precision,
+                  progress=not quiet)
+    run.keep(net)
+    run.manifest.trained = True
+    run.save()
+    run.__dict__["net"] = net.eval()
+    return history
+
+
+def record_run(
+    run: Run, splits: Sequence[str], *, batches: Sequence[int] = (1,), batch_size: int = 32, device: str | None = None,
+    latency: bool = True, again: bool = False, quiet: bool = False,
+) -> dict[str, ExitTable]:
+    """Memoise each split that has no table of this very network yet."""
+    tables = {}
+    for name in splits:
+        page = run.path / "tables" / f"{name}.json"
+        if page.is_file() and not again:
+            table = ExitTable.load(page)
+            if table.fingerprints["model"] == fingerprint_of(run.net):
+                tables[name] = table
+                continue
+        split = run.source.split(name)
+        loader = Steps(DataLoader(split, batch_size=batch_size), f"recording {len(split)} images of {name}", quiet=quiet)
+        tables[name] = record(run.net, loader, split=name, device=device, class_names=run.source.class_names,
+                              latency={"batches": tuple(batches)} if latency else False)
+        tables[name].save(page)
+    return tables
+
+
+def search_run(run: Run, *, split: str = "calibration", options: Mapping[str, Any], command: str = "") -> Plan:
+    """Search a plan on a split's table and keep it."""
+    table = run.table(split)
+    against = options.get("against", "auto")
+    temperatures = calibrate(table, against=against).early if table.task == "classify" else None
+    plan = search(table, temperatures=temperatures, **options)
+    save_plan(plan, run.path / "plan.json")
+    run.save(command)
+    return plan

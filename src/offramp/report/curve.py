@@ -1,0 +1,96 @@
+"""The accuracy-cost curve: plans searched on one split at many tolerances, replayed on another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from offramp.choose.replay import replay
+from offramp.choose.search import search
+from offramp.report.measures import quality_of
+from offramp.table import ExitTable
+from offramp.types import Plan
+
+__all__ = ["Curve", "Point", "TOLERANCES", "curve", "static_at"]
+
+TOLERANCES = (0.0, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.045, 0.07, 0.1, 0.15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One network, or one plan, on the test split."""
+
+    name: str
+    macs: float
+    """A sample, heads counted."""
+    quality: float
+    low: float = float("nan")
+    """Bootstrap interval at 95 %."""
+    high: float = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Everything on the one plot of quality against macs."""
+
+    quality: str
+    plans: tuple[Point, ...]
+    """By rising macs; the name is the tolerance asked for."""
+    chosen: Point
+    backbone: Point
+    cut: tuple[Point, ...]
+    """Static networks that the exits give: the backbone cut at one exit, for every sample alike."""
+    static: tuple[Point, ...] = ()
+    """Other static networks, measured elsewhere on the same split."""
+
+
+def curve(
+    fitted_on: ExitTable, test: ExitTable, plan: Plan, *, tolerances: Sequence[float] = TOLERANCES,
+    static: Sequence[Point] = (), temperatures: Sequence[float] | None = None,
+) -> Curve:
+    """Search again at each tolerance as ``plan`` was searched, on ``fitted_on``; replay each result on ``test``."""
+    quality, last = quality_of(test), len(test.columns) - 1
+    asked = _asked(plan, temperatures)
+    points: dict[tuple[float, float], Point] = {}
+    for tolerance in tolerances:
+        point = _point(f"{100 * tolerance:g}", test, search(fitted_on, max_drop=tolerance, **asked))
+        points.setdefault((point.macs, point.quality), point)
+    cut = tuple(
+        Point(name=name, macs=float(test.costs.path([e])[0]), quality=quality.mean(np.full(len(test), e)))
+        for e, name in enumerate(test.names[:-1])
+    )
+    low, high = quality.interval(np.full(len(test), last))
+    backbone = Point(name="untouched network", macs=float(test.costs.macs[-1]),
+                     quality=quality.mean(np.full(len(test), last)), low=low, high=high)
+    return Curve(
+        quality=quality.name, plans=tuple(sorted(points.values(), key=lambda one: one.macs)),
+        chosen=_point("this plan", test, plan), backbone=backbone, cut=cut, static=tuple(static),
+    )
+
+
+def static_at(curve: Curve, macs: float) -> float | None:
+    """Quality of the best mixture of static networks that costs ``macs``: their upper hull; None below all of them."""
+    points = sorted((one.macs, one.quality) for one in (*curve.cut, *curve.static, curve.backbone))
+    best = None
+    for i, (x0, y0) in enumerate(points):
+        if x0 <= macs:
+            best = max(y0, best) if best is not None else y0
+        for x1, y1 in points[i + 1:]:
+            if x0 <= macs <= x1 and x1 > x0:
+                mixed = y0 + (y1 - y0) * (macs - x0) / (x1 - x0)
+                best = mixed if best is None else max(best, mixed)
+    return best
+
+
+def _point(name: str, test: ExitTable, plan: Plan) -> Point:
+    done, quality = replay(test, plan), quality_of(test)
+    column = done.column_of.numpy()
+    low, high = quality.interval(column)
+    return Point(name=name, macs=float(done.macs.mean()), quality=quality.mean(column), low=low, high=high)
+
+
+def _asked(plan: Plan, temperatures: Sequence[float] | None) -> dict[str, Any]:
+    known = ("minimise", "tolerance", "confidence", "max_exits", "against", "batch")
+    asked: Mapping[str, Any] = plan.asked
+    return {**{name: asked[name] for name in known if name in asked}, "temperatures": temperatures}

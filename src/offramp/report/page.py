@@ -1,0 +1,170 @@
+"""One self-contained page: everything inside, nothing fetched, readable by light and by dark."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp.choose.calibrate import calibrate
+from offramp.choose.policies import Thresholds
+from offramp.choose.replay import Replay, replay
+from offramp.errors import OfframpError
+from offramp.report.curve import TOLERANCES, Curve, Point, curve, static_at
+from offramp.report.draw import draw_categories, draw_curve, draw_hit_rate, draw_reliability, draw_shares
+from offramp.report.measures import (
+    Categories,
+    HitRate,
+    Reliability,
+    categories,
+    hit_rates,
+    quality_of,
+    reliability,
+    scores_of,
+)
+from offramp.report.pictures import DenseExample
+from offramp.report.sections import about, costs, headline, maps, samples, section
+from offramp.table import ExitTable, write_atomic
+from offramp.types import Plan
+
+__all__ = ["Report", "gather", "render", "write"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Report:
+    """Everything that the page says, computed and not yet drawn."""
+
+    plan: Plan
+    test: ExitTable
+    fitted: Replay
+    """The plan on the split that it was fitted on."""
+    realised: Replay
+    """The plan on the split reported on."""
+    quality: str
+    drop: float
+    """Of quality, on the split reported on; negative: the exits help."""
+    drop_interval: tuple[float, float]
+    """Paired bootstrap at 95 %."""
+    curve: Curve
+    reliability: tuple[Reliability, ...]
+    hit_rates: tuple[HitRate, ...]
+    categories: tuple[Categories, ...]
+    first: tuple[int, ...]
+    """Samples that left first, surest first."""
+    last: tuple[int, ...]
+    """Samples that went to the end, least sure first."""
+    scores: Any
+    """(N, exits)"""
+    warnings: tuple[str, ...]
+    bench: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
+    """What is what, for the last section: model, data, command ..."""
+
+    @property
+    def saved(self) -> float:
+        """Share of the untouched network's MACs that is not spent, heads counted."""
+        return 1 - float(self.realised.macs.mean()) / self.realised.backbone_macs
+
+    @property
+    def over_static(self) -> float | None:
+        """Quality beyond the best static network, or mixture of them, of the same cost."""
+        static = static_at(self.curve, self.curve.chosen.macs)
+        return None if static is None else self.curve.chosen.quality - static
+
+
+def gather(
+    *, fitted_on: ExitTable, test: ExitTable, plan: Plan, bench: Mapping[str, Any] | None = None,
+    static: Sequence[Point] = (), about: Mapping[str, str] | None = None, tolerances: Sequence[float] = TOLERANCES,
+    samples: int = 8,
+) -> Report:
+    """Compute a report: the plan that was fitted on one table, judged on another.
+
+    bench: what ``offramp bench`` wrote: measured clocks. static: other static networks on the same test split.
+    """
+    fitted, realised, quality = replay(fitted_on, plan), replay(test, plan), quality_of(test)
+    warnings = list(dict.fromkeys([*realised.notes, *plan.notes]))
+    if fitted_on.fingerprints["split"] == test.fingerprints["split"] and not realised.notes:
+        warnings.append(f"The curve was searched on the split that it is drawn on ({test.split}).")
+    if not test.has_labels:
+        warnings.append("The split has no labels: quality here is agreement with the untouched network, "
+                        "and what it loses against the truth can only be smaller or equal.")
+    column, last = realised.column_of.numpy(), len(test.columns) - 1
+    whole, mine = quality.mean(np.full(len(test), last)), quality.mean(column)
+    low, high = quality.interval(column, minus=last)
+    temperatures = calibrate(fitted_on).temperatures if test.task == "classify" else None
+    asked = temperatures[:-1] if temperatures and isinstance(plan.policy, Thresholds) and any(
+        one != 1.0 for one in plan.policy.temperatures) else None
+    scores, left = scores_of(test, plan), realised.exit_index.numpy()
+    gone = [np.nonzero(left == k)[0] for k in range(len(plan.exits) + 1)]
+    earliest = next((k for k in range(len(plan.exits)) if len(gone[k])), None)
+    first = [] if earliest is None else gone[earliest][np.argsort(-scores[gone[earliest], earliest], kind="stable")]
+    late = gone[-1] if not plan.exits else gone[-1][np.argsort(scores[gone[-1], -1], kind="stable")]
+    return Report(
+        plan=plan, test=test, fitted=fitted, realised=realised, quality=quality.name, drop=whole - mine,
+        drop_interval=(-high, -low), scores=scores, warnings=tuple(warnings), bench=bench or {}, about=about or {},
+        curve=curve(fitted_on, test, plan, tolerances=tolerances, static=static, temperatures=asked),
+        reliability=reliability(test, temperatures), hit_rates=hit_rates(test, plan),
+        categories=categories(test, plan, left), first=tuple(int(i) for i in first[:samples]),
+        last=tuple(int(i) for i in late[:samples]),
+    )
+
+
+def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample] = (), title: str = "offramp") -> str:
+    """The page. ``dataset`` gives the images of the test split for thumbnails; ``dense`` the maps of some of them."""
+    style = (resources.files("offramp.report") / "style.css").read_text(encoding="utf-8")
+    is_dense, plan = report.test.task == "dense", report.plan
+    parts = [headline(report), *(f'<div class="warning">{escape(one)}</div>' for one in report.warnings)]
+    parts.append(section(
+        "Accuracy against cost",
+        f"Each blue point is a plan searched on <b>{escape(report.fitted.table.split)}</b> at one tolerance and obeyed "
+        f"on <b>{escape(report.test.split)}</b>; exits, heads and thresholds are chosen anew for each. The dashed grey "
+        "line joins static networks, which treat every sample alike; any point on it can be had by a coin that picks one.",
+        f'<div class="card">{draw_curve(report.curve)}</div>'))
+    parts.append(section(
+        "Who leaves where", "Share of the samples that each exit answered.",
+        '<div class="card">' + draw_shares([
+            (f"planned ({report.fitted.table.split})", report.fitted),
+            (f"realised ({report.test.split})", report.realised)]) + "</div>"))
+    parts.append(costs(report))
+    if plan.exits:
+        parts.append(section(
+            "Threshold by threshold",
+            "Were each exit the only one: the share that leaves (orange), how right it is "
+            f"(blue, {escape(report.quality)}) and how right the untouched network is on the same samples (grey). "
+            "The dashed line is this plan's threshold.",
+            '<div class="trio">' + "".join(draw_hit_rate(one, report.quality) for one in report.hit_rates) + "</div>"))
+        shown = [one for one in report.reliability if one.name in (*plan.exits, "final")]
+        parts.append(section(
+            "As right as they are sure?",
+            ("Images in twelve groups by mean pixel confidence." if is_dense else
+             "Samples in twelve groups by confidence: orange as the exit says it, blue with the temperature fitted on "
+             f"{escape(report.fitted.table.split)}.") + " On the dashed line confidence would be honest.",
+            '<div class="trio">' + "".join(draw_reliability(one, is_dense) for one in shown) + "</div>"))
+    if report.categories:
+        parts.append(section(
+            "Where leaving helped, and where it hurt",
+            "Of the samples that left at each exit, held against what the whole network would have said"
+            + (": an image counts as better or worse when its share of right pixels moves by more than a tenth of a "
+               "point." if is_dense else "."),
+            f'<div class="card">{draw_categories(report.categories, is_dense)}</div>'))
+    parts += [samples(report, dataset), maps(report, dense), about(report)]
+    body = "\n".join(part for part in parts if part)
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>\n<h1>{escape(title)}</h1>\n{body}\n"
+        f"<footer>Written by offramp, {now}. MACs are multiply-accumulates; 1 G = 1e9.</footer></body></html>\n"
+    )
+
+
+def write(path: Path | str, html: str) -> Path:
+    """The whole page or nothing; a page that was there stays until the new one is complete."""
+    if not html.startswith("<!doctype html>"):
+        raise OfframpError(expected="a page from render()", got=repr(html[:20]), where="report.write()")
+    return write_atomic(path, html)

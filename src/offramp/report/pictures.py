@@ -1,0 +1,103 @@
+"""Images for the page: thumbnails, label maps and confidence maps as PNGs inside the HTML. H W space, K classes."""
+
+import base64
+import colorsys
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from offramp.errors import OfframpError
+
+__all__ = ["DenseExample", "colours", "confidence_png", "image_png", "label_png", "to_uint8"]
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DenseExample:
+    """One image as every exit saw it; what a dense report shows beside its numbers."""
+
+    name: str
+    image: Tensor
+    """uint8 (3, H, W)."""
+    label: Tensor | None
+    """(H, W) int64, 255 and the like void."""
+    predictions: Tensor
+    """(E, H, W) int64: the plan's exits in order, the backbone last."""
+    confidences: Tensor
+    """(E, H, W) in [0, 1]."""
+    left_at: int
+    """The exit that answered, an index into E."""
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.predictions.shape)
+        if shape != tuple(self.confidences.shape) or not 0 <= self.left_at < shape[0]:
+            raise OfframpError(expected=f"confidences {shape} and left_at below {shape[0]}", where="DenseExample",
+                               got=f"{tuple(self.confidences.shape)} and {self.left_at}")
+
+
+def colours(count: int) -> Bytes:
+    """K distinct colours (K, 3); the first eleven are for street scenes in CamVid's order."""
+    street = ["#7fb2e5", "#a0522d", "#c9c2b4", "#80506e", "#f4a3c0", "#4f8f4a", "#e0b83f", "#5b6770", "#3949a3",
+              "#d9433a", "#2bb0a5"]
+    found = [tuple(int(one[i:i + 2], 16) for i in (1, 3, 5)) for one in street]
+    for i in range(max(0, count - len(found))):
+        rgb = colorsys.hsv_to_rgb((i * 0.618034) % 1, 0.55 + 0.3 * (i % 2), 0.85 - 0.2 * (i % 3))
+        found.append(tuple(round(255 * one) for one in rgb))
+    return np.array(found[:count], np.uint8)
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """An image (C, H, W) as uint8 (3, H, W); a normalised float image is stretched between its own extremes."""
+    picture = image.detach().cpu()
+    if picture.ndim != 3:
+        raise OfframpError(expected="an image (C, H, W)", got=str(tuple(picture.shape)), where="report")
+    if picture.shape[0] != 3:
+        picture = picture[:1].expand(3, -1, -1)
+    if picture.is_floating_point():
+        low, high = picture.min(), picture.max()
+        picture = ((picture - low) / (high - low).clamp(min=1e-6) * 255).round().byte()
+    return picture
+
+
+def image_png(image: Tensor, width: int = 192) -> str:
+    """As an ``<img>`` source."""
+    return _uri(to_uint8(image).permute(1, 2, 0).numpy(), width)
+
+
+def label_png(labels: Tensor, classes: int, width: int = 192) -> str:
+    """Class colours; void is grey."""
+    palette = np.concatenate([colours(classes), np.array([[128, 128, 128]], np.uint8)])
+    index = labels.cpu().numpy()
+    return _uri(palette[np.where((index >= 0) & (index < classes), index, classes)], width, nearest=True)
+
+
+def confidence_png(confidence: Tensor, width: int = 192) -> str:
+    """Dark purple (0) through orange to pale yellow (1)."""
+    stops = np.array([[38, 12, 81], [137, 34, 106], [228, 87, 52], [250, 182, 60], [252, 250, 210]], float)
+    at = np.clip(confidence.float().cpu().numpy(), 0, 1) * (len(stops) - 1)
+    low = np.minimum(at.astype(int), len(stops) - 2)
+    mixed = stops[low] + (stops[low + 1] - stops[low]) * (at - low)[..., None]
+    return _uri(mixed.round().astype(np.uint8), width)
+
+
+def _uri(pixels: Any, width: int, nearest: bool = False) -> str:
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    if picture.width > width:  # never enlarged here: the page does that without bytes
+        size = (width, max(1, round(picture.height * width / picture.width)))
+        picture = picture.resize(size, Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def legend(names: Sequence[str], count: int) -> list[tuple[str, str]]:
+    """(name, CSS colour) of each class."""
+    named = list(names) or [str(k) for k in range(count)]
+    return [(name, "#" + bytes(one).hex()) for name, one in zip(named, colours(count), strict=True)]

@@ -1,0 +1,203 @@
+"""Sections of the page that are words, tables and images rather than charts."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from offramp.report.draw import legend
+from offramp.report.pictures import DenseExample, confidence_png, image_png, label_png
+from offramp.report.pictures import legend as class_legend
+from offramp.report.svg import macs, percent
+
+if TYPE_CHECKING:
+    from offramp.report.page import Report
+
+__all__ = ["about", "costs", "headline", "maps", "samples", "section"]
+
+
+def section(title: str, say: str, body: str) -> str:
+    """A heading, a sentence or two (HTML), and what they are about."""
+    return f'<section><h2>{escape(title)}</h2><p class="say">{say}</p>{body}</section>'
+
+
+def headline(report: "Report") -> str:
+    """What was saved, what it cost, and beside whom."""
+    low, high = report.drop_interval
+    gone = 1 - report.realised.shares[-1]
+    asked = report.plan.asked.get("max_drop")
+    tiles = [
+        (percent(report.saved), "fewer MACs", f"{macs(float(report.realised.macs.mean()))} instead of "
+         f"{macs(report.realised.backbone_macs)} a sample, heads counted"),
+        (_points(report.drop), f"{report.quality} lost, in points",
+         f"95 % interval {_points(low)} to {_points(high)}"
+         + (f"; asked for at most {_points(float(asked))}" if isinstance(asked, int | float) else "")),
+        (percent(gone, 0), "left early", f"of {len(report.test)} samples of {escape(report.test.split)}"),
+    ]
+    clock = _best_clock(report)
+    if clock:
+        tiles.append(clock)
+    over = report.over_static
+    if over is not None:
+        tiles.append((f"{100 * over:+.1f}", "points over a static network",
+                      "of the same cost: the best mixture of all static networks here"))
+    lede = f"{escape(report.about.get('model', 'A network'))} on {escape(report.about.get('data', report.test.split))}"
+    return f'<p class="lede">{lede}</p><div class="tiles">' + "".join(
+        f'<div class="tile"><b>{value}</b><span>{words}</span><small>{small}</small></div>'
+        for value, words, small in tiles) + "</div>"
+
+
+def _points(value: float) -> str:
+    return "–" if not math.isfinite(value) else f"{100 * value:.2f}".replace("-0.00", "0.00")
+
+
+def _best_clock(report: "Report") -> tuple[str, str, str] | None:
+    rows = report.bench.get("rows", ())
+    dense = {row["batch"]: row for row in rows if row["network"] == "untouched"}
+    pairs = [(dense[row["batch"]], row) for row in rows if row["network"] == "adaptive" and row["batch"] in dense]
+    if not pairs:
+        return None
+    ratios = [(one["p50_ms"] / row["p50_ms"], row["batch"]) for one, row in pairs]
+    best, batch = max(ratios)
+    others = ", ".join(f"{ratio:.2f}× at batch {size}" for ratio, size in ratios if size != batch)
+    return (f"{best:.2f}×", "as fast on the clock", f"median at batch {batch}" + (f"; {others}" if others else ""))
+
+
+def costs(report: "Report") -> str:
+    """Planned beside realised, and the clock beside the untouched network."""
+    planned, real = report.fitted, report.realised
+    lines = [
+        ("samples", str(len(planned.table)), str(len(real.table)), ""),
+        ("MACs a sample", macs(float(planned.macs.mean())), macs(float(real.macs.mean())), macs(real.backbone_macs)),
+        (report.quality, _quality(planned), _quality(real), _backbone(real)),
+        ("disagreement with the network", percent(planned.disagreement, 2), percent(real.disagreement, 2),
+         percent(0, 2)),
+    ]
+    if planned.latency_ms is not None and real.latency_ms is not None:
+        lines.append((f"latency from the table, batch {planned.latency_batch}", _ms(float(planned.latency_ms.mean())),
+                      _ms(float(real.latency_ms.mean())), _ms(real.backbone_latency_ms)))
+    body = ('<div class="scroll"><table><tr><th></th><th class="n">planned, on ' + escape(planned.table.split)
+            + '</th><th class="n">realised, on ' + escape(real.table.split)
+            + '</th><th class="n">untouched network</th></tr>'
+            + "".join(f'<tr><td>{escape(a)}</td><td class="n">{b}</td><td class="n">{c}</td><td class="n">{d}</td></tr>'
+                      for a, b, c, d in lines) + "</table></div>")
+    rows = report.bench.get("rows", ())
+    if rows:
+        batches = list(dict.fromkeys(row["batch"] for row in rows))
+        body += "<h3>On the clock</h3>"
+        body += '<div class="scroll"><table><tr><th>network</th><th class="n">batch</th><th class="n">p50</th>' \
+                '<th class="n">p95</th><th class="n">samples a second</th><th class="n">speed-up</th></tr>'
+        for batch in batches:
+            group = [row for row in rows if row["batch"] == batch]
+            base = next((row["p50_ms"] for row in group if row["network"] == "untouched"), float("nan"))
+            for row in group:
+                mine = ' class="mine"' if row["network"] == "adaptive" else ""
+                body += (f'<tr{mine}><td>{escape(row["network"])}</td><td class="n">{batch}</td>'
+                         f'<td class="n">{row["p50_ms"]:.3g} ms</td><td class="n">{row["p95_ms"]:.3g} ms</td>'
+                         f'<td class="n">{row["throughput_per_s"]:.4g}</td>'
+                         f'<td class="n">{base / row["p50_ms"]:.2f}×</td></tr>')
+        said = ", ".join(f"{k}: {v}" for k, v in report.bench.get("setting", {}).items())
+        body += ('</table></div><p class="say">Timed in turn, in one process, on samples of the test split. '
+                 f"{escape(said)}</p>")
+        if report.bench.get("note"):
+            body += f'<p class="say">{escape(str(report.bench["note"]))}</p>'
+    say = "What the search promised on its own split, and what came true on another."
+    return section("Planned and realised", say, body)
+
+
+def _quality(one: Any) -> str:
+    return percent(one.quality if one.quality is not None else 1 - one.disagreement, 2)
+
+
+def _backbone(one: Any) -> str:
+    return percent(one.backbone_quality if one.backbone_quality is not None else 1.0, 2)
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g} ms"
+
+
+def samples(report: "Report", dataset: Any) -> str:
+    """Who left first and who stayed to the end, as thumbnails where the images are at hand."""
+    if dataset is None or not (report.first or report.last):
+        return ""
+    parts = []
+    for title, rows in (("Left first", report.first), ("Stayed to the end", report.last)):
+        if rows:
+            parts.append(f"<h3>{title}</h3>" + '<div class="strip">' + "".join(
+                f'<figure><img alt="sample {i}" src="{image_png(picture(dataset, i), 160)}">'
+                f"<figcaption>{_caption(report, i)}</figcaption></figure>" for i in rows) + "</div>")
+    return section("Easy and hard", "The samples that the first used exit was surest of, and those that no exit dared "
+                                    "to answer, least sure first.", "".join(parts))
+
+
+def picture(dataset: Any, index: int) -> Any:
+    """The image of a sample, uint8 where the dataset can give it so."""
+    if hasattr(dataset, "read"):
+        return dataset.read(index)[0]
+    sample = dataset[index]
+    return sample[0] if isinstance(sample, tuple | list) else sample
+
+
+def _caption(report: "Report", i: int) -> str:
+    test, names = report.test, report.test.class_names
+    k = int(report.realised.exit_index[i])
+    column = report.realised.columns[k]
+    where = report.realised.names[k]
+    score = report.scores[i, min(k, report.scores.shape[1] - 1)]
+    words = f"#{i} · {escape(where)} · sure {percent(float(score), 0)}"
+    if test.logits is not None:
+        said = int(test.logits[i, column].argmax())
+        words = f"<b>{escape(names[said] if names else str(said))}</b>" + (
+            "" if test.labels is None or int(test.labels[i]) == said else
+            f" (is {escape(names[int(test.labels[i])] if names else str(int(test.labels[i])))})") + f"<br>{words}"
+    elif test.confusion is not None:
+        mine = test.confusion[i, column].double()
+        words += f"<br>{percent(float(mine.diagonal().sum() / mine.sum().clamp(min=1)))} of pixels right"
+    return words
+
+
+def maps(report: "Report", examples: Sequence[DenseExample]) -> str:
+    """Per-exit predictions and confidence maps."""
+    if not examples:
+        return ""
+    count, names = report.test.num_classes, [*report.plan.exits, "final"]
+    parts = [legend(class_legend(report.test.class_names, count))]
+    for one in examples:
+        top = [f'<figure><img alt="" src="{image_png(one.image)}"><figcaption>{escape(one.name)}</figcaption></figure>']
+        low = [f'<figure><img alt="" src="{label_png(one.label, count)}"><figcaption>labels</figcaption></figure>'
+               if one.label is not None else "<figure></figure>"]
+        for e, name in enumerate(names):
+            left = ' class="left"' if e == one.left_at else ""
+            note = "answered here" if e == one.left_at else "not computed" if e > one.left_at else "passed on"
+            top.append(f'<figure{left}><img alt="" src="{label_png(one.predictions[e], count)}">'
+                       f"<figcaption>{escape(name)}<br>{note}</figcaption></figure>")
+            sure = float(one.confidences[e].float().mean())
+            low.append(f'<figure{left}><img alt="" src="{confidence_png(one.confidences[e])}">'
+                       f"<figcaption>sure {percent(sure)}</figcaption></figure>")
+        columns = f"repeat({len(names) + 1}, minmax(7rem, 1fr))"
+        parts.append(f'<div class="maps" style="grid-template-columns:{columns}">{"".join(top + low)}</div>')
+    return section("Exit by exit", "What each exit would say of an image, and how sure it is of each pixel (purple: not; "
+                                   "pale yellow: fully). The outlined exit gave the answer; later ones are shown for "
+                                   "comparison and do not run.", "".join(parts))
+
+
+def about(report: "Report") -> str:
+    """Splits, fingerprints, the plan, and the command line."""
+    planned, real, plan = report.fitted.table, report.test, report.plan
+    rows = [("exits", ", ".join(plan.exits) or "none"),
+            ("asked of the search", ", ".join(f"{k} = {v}" for k, v in plan.asked.items() if v is not None)),
+            ("policy fitted on", f"{plan.split} ({len(planned)} samples), {plan.fingerprints.get('split', '')}"),
+            ("reported on", f"{real.split} ({len(real)} samples), {real.fingerprints['split']}"),
+            ("fingerprint of the network", real.fingerprints["model"]),
+            ("fingerprint of the data", real.fingerprints["data"])]
+    rows += [(k, v) for k, v in report.about.items() if k != "command"]
+    machine = real.meta.get("machine")
+    if isinstance(machine, dict):
+        rows.append(("recorded on", ", ".join(f"{k} {machine[k]}" for k in ("cpu", "cores", "threads", "torch", "gpu")
+                                              if k in machine)))
+    table = "<table>" + "".join(f"<tr><th>{escape(k)}</th><td><code>{escape(str(v))}</code></td></tr>" for k, v in rows)
+    command = report.about.get("command")
+    made = f"<h3>Made by</h3><pre>{escape(command)}</pre>" if command else ""
+    body = f'<div class="scroll">{table}</table></div>{made}'
+    return section("What this is about", "Enough to make it again.", body)
