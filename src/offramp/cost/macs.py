@@ -125,6 +125,11 @@ def _encoder_layer(src: Tensor, embed_dim: int, *rest: Any, out: Any, **__: Any)
     return _native_mha(src, src, src, embed_dim, out=out) + int(2 * rows * embed_dim * widest)
 
 
+def _rnn_layer(x: Tensor, weight_input: Tensor, weight_hidden: Tensor, *_: Any, out: Any, **__: Any) -> int:
+    # One layer and direction of a recurrent net, (T, N, D): both matrices for every step of every row.
+    return int(x.shape[0] * x.shape[1] * (weight_input.numel() + weight_hidden.numel()))
+
+
 def _bilinear(*_: Any, out: Any, **__: Any) -> int:
     return 4 * _first(out).numel()
 
@@ -132,7 +137,7 @@ def _bilinear(*_: Any, out: Any, **__: Any) -> int:
 _FORMULAS: dict[str, Formula] = {
     **dict.fromkeys(
         ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "convolution_overrideable",
-         "miopen_convolution", "_slow_conv2d_forward", "conv2d", "mkldnn_rnn_layer_conv"), _convolution),
+         "miopen_convolution", "_slow_conv2d_forward", "conv2d"), _convolution),
     "cudnn_convolution_transpose": lambda x, w, *rest, out, **_: int(x.numel() * math.prod(w.shape[1:])),
     **dict.fromkeys(("mm", "bmm", "matmul", "mv", "dot", "vdot"), _mm),
     **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "baddbmm", "baddbmm_", "addbmm", "addmv"), _addmm),
@@ -144,6 +149,7 @@ _FORMULAS: dict[str, Formula] = {
          "_flash_attention_forward", "_efficient_attention_forward", "_scaled_dot_product_attention_math"), _attention),
     "_native_multi_head_attention": _native_mha,
     "_transformer_encoder_layer_fwd": _encoder_layer,
+    "mkldnn_rnn_layer": _rnn_layer,
     **dict.fromkeys(("upsample_bilinear2d", "_upsample_bilinear2d_aa"), _bilinear),
 }
 

@@ -1,5 +1,6 @@
 """Leave the guest as found: whatever a look inside disturbs is put back, also when it fails."""
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,37 +32,55 @@ def random_state_kept() -> Iterator[None]:
 def as_found(model: nn.Module, *, mode: bool | None = None) -> Iterator[None]:
     """Run the model inside without a trace: flags, attributes, buffers, hooks and random states come back.
 
-    mode: True or False puts every module in train or eval mode meanwhile.
+    mode: True or False puts every module in train or eval mode meanwhile. No parameter asks for a gradient inside.
     """
     modules = list(model.modules())
     attributes = [(module, dict(vars(module))) for module in modules]
-    registries = [
-        (registry, dict(registry))
+    # Registries of parameters, buffers, hooks ... and whatever the network keeps for itself, caches for one.
+    held = [
+        (value, copy.copy(value))
         for module in modules
-        for name, registry in vars(module).items()
-        if name.startswith("_") and isinstance(registry, dict)
+        for value in vars(module).values()
+        if isinstance(value, dict | list | set)
     ]
-    buffers = [(buffer, buffer.detach().clone(), version(buffer)) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         if mode is not None:
             for module in modules:
                 module.training = mode  # not .train(): users override it, to freeze their norms for one
-        with random_state_kept(), torch.no_grad(), torch.inference_mode(False):
+        # Not no_grad(): a forward that turns gradients off and on again should be seen doing so.
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        with random_state_kept():
             yield
     finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
         for module, before in attributes:
             now = vars(module)
             for name in [name for name in now if name not in before]:
                 del now[name]
             now.update(before)
-        for registry, before in registries:
-            if list(registry) != list(before) or any(registry[name] is not before[name] for name in before):
-                registry.clear()
-                registry.update(before)
+        for container, contents in held:
+            _refill(container, contents)
         with torch.no_grad():
-            for buffer, copy, seen in buffers:
-                if version(buffer) != seen or seen < 0:
-                    buffer.copy_(copy)
+            for buffer, values in buffers:
+                # Batch norms write their statistics behind the version counter's back, so values are compared.
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
+
+
+def _refill(container: Any, contents: Any) -> None:
+    if isinstance(container, set):
+        same = container == contents
+    elif isinstance(container, dict):
+        same = list(container) == list(contents) and all(container[key] is contents[key] for key in contents)
+    else:
+        same = len(container) == len(contents) and all(a is b for a, b in zip(container, contents, strict=True))
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(contents)
 
 
 def version(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import GetSetDescriptorType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,9 +55,14 @@ class Close:
 class Recorder(TorchFunctionMode):
     """Enter it, call the model, leave it: ``graph`` and ``closes`` hold what happened."""
 
-    def __init__(self, model: nn.Module, *, leaves: frozenset[str] = frozenset(), rows: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *, leaves: frozenset[str] = frozenset(), rows: int = 0, pretend: bool = False
+    ) -> None:
+        """leaves: modules to run as one node. rows: fingerprint tensors of so many rows. pretend: say that jit is tracing."""
         super().__init__()
-        self.model, self.rows, self.active = model, rows, False
+        self.rows, self.active = rows, False
+        self.watches = 0
+        self._pretend = pretend
         self.graph = fx.Graph()
         self.closes: list[Close] = []
         self.constants: dict[str, Any] = {}
@@ -72,6 +78,7 @@ class Recorder(TorchFunctionMode):
         self._busy = False  # inside an op that is one node: what happens there is its own affair
         self._counter = _Counter(self)
         self._exits = ExitStack()
+        self._autocast, self._grad = _autocast(), torch.is_grad_enabled()
 
     # -- entering and leaving
 
@@ -86,6 +93,8 @@ class Recorder(TorchFunctionMode):
 
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__setattr__ = assign  # type: ignore[method-assign, assignment]
+        if self._pretend:
+            self._exits.enter_context(patch.object(torch.jit, "is_tracing", lambda: True))
         self._exits.enter_context(self._counter)
         super().__enter__()
         self.active = True
@@ -112,6 +121,8 @@ class Recorder(TorchFunctionMode):
         if self._busy or not self.active:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if func is torch._C._set_grad_enabled:
+            return self._grad_mode(*args)
         tensors = [leaf for leaf in flat((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if name in DATA_READS:
             return self._read_data(func, name, args, kwargs)
@@ -172,7 +183,7 @@ class Recorder(TorchFunctionMode):
     def assign(self, module: nn.Module, name: str, value: Any) -> None:
         """``module.name = tensor`` in forward is an effect like any other; the guest itself is restored afterwards."""
         path = self._paths.get(id(module))
-        recorded = isinstance(value, Tensor) and (getattr(value, _NODE, None) or name in module._buffers)
+        recorded = isinstance(value, Tensor) and (self._known(value) is not None or name in module._buffers)
         if path is not None and not self._busy and self.active and recorded:
             owner = self._node("get_attr", f"guest.{path}" if path else "guest", (), {})
             node = self._node("call_function", setattr, (owner, name, self.argument(value)), {})
@@ -214,13 +225,16 @@ class Recorder(TorchFunctionMode):
         return self._constant(value)
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
-        found = getattr(tensor, _NODE, None)
-        if found is not None and found[0] is self:
-            node: fx.Node = found[1]
-            return node
+        known = self._known(tensor)
+        if known is not None:
+            return known
         if id(tensor) in self._state:
             return self._node("get_attr", f"guest.{self._state[id(tensor)]}", (), {})
         return self._constant(tensor)
+
+    def _known(self, tensor: Any) -> fx.Node | None:
+        found = getattr(tensor, _NODE, None)
+        return found[1] if found is not None and found[0] is self else None
 
     def _constant(self, value: Any) -> fx.Node:
         for name, known in self.constants.items():
@@ -232,6 +246,8 @@ class Recorder(TorchFunctionMode):
         return self._node("get_attr", name, (), {})
 
     def _node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        if _autocast() != self._autocast:
+            raise Untraceable(self._stack[-1], "an op under an autocast of the network's own", where_of())
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta.update(where=where_of(), path=self._stack[-1], macs=0, writes=())
         return node
@@ -276,15 +292,13 @@ class Recorder(TorchFunctionMode):
         node.meta.setdefault("root", node)
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         if self.rows:
-            self._busy = True
-            node.meta["print"] = _fingerprint(tensor)
-            self._busy = False
+            node.meta["print"] = _fingerprint(tensor) if tensor.shape[:1] == (self.rows,) else None
         if id(tensor) not in self._state:
             setattr(tensor, _NODE, (self, node))
 
     def _size(self, name: str, args: Any, out: Any) -> Any:
         source = args[0]
-        if not isinstance(source, Tensor) or getattr(source, _NODE, None) is None:
+        if not isinstance(source, Tensor) or self._known(source) is None:
             return out  # of a parameter: the guest's shape, not the input's
         if isinstance(out, torch.Size):
             numbers = []
@@ -306,7 +320,7 @@ class Recorder(TorchFunctionMode):
             out = func(*args, **kwargs)
         finally:
             self._busy = False
-        if not any(isinstance(t, Tensor) and getattr(t, _NODE, None) is not None for t in flat((args, kwargs))[0]):
+        if not any(isinstance(t, Tensor) and self._known(t) is not None for t in flat((args, kwargs))[0]):
             return out
         arguments = self.argument(tuple(args)), self.argument(dict(kwargs))
         node = self._call(func, name, *arguments)
@@ -314,22 +328,29 @@ class Recorder(TorchFunctionMode):
         if name == "item":
             return traced_number(out, node, self)
         expected = out if isinstance(out, bool | int | float | list) else self._constant(out)
+        self.watches += 1
         watch = self._node("call_function", same_as_traced, (node, expected, node.meta["where"]), {})
         watch.meta["effect"] = True
         return out
+
+    def _grad_mode(self, enabled: bool) -> None:
+        """``with torch.no_grad():`` in forward. Where gradients are off anyway, it is nothing to record."""
+        if self._grad:
+            self._node("call_function", torch._C._set_grad_enabled, (enabled,), {}).meta["effect"] = True
+        torch._C._set_grad_enabled(enabled)
 
     def _close(self, path: str, out: Any, leaf: bool) -> None:
         call = self._calls[path]
         self._calls[path] += 1
         tensors = [leaf_ for leaf_ in flat(out)[0] if isinstance(leaf_, Tensor)]
-        nodes = tuple(found[1] for t in tensors if (found := getattr(t, _NODE, None)) and found[0] is self)
+        nodes = tuple(node for t in tensors if (node := self._known(t)) is not None)
         self.closes.append(Close(path, call, len(self.graph.nodes), nodes, leaf))
 
     def untracked(self, func: Any, args: Any, kwargs: Any) -> None:
         """An aten op ran outside any node: an autograd function or a scripted one. Its module must become a leaf."""
         if self._busy or not self.active:
             return
-        if any(isinstance(leaf, Tensor) and getattr(leaf, _NODE, None) for leaf in flat((args, kwargs))[0]):
+        if any(isinstance(leaf, Tensor) and self._known(leaf) is not None for leaf in flat((args, kwargs))[0]):
             raise Untraceable(self._stack[-1], str(func), where_of())
 
 
@@ -350,6 +371,10 @@ def _is_leaf(module: nn.Module) -> bool:
     return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, _CONTAINERS)
 
 
+def _autocast() -> tuple[bool, bool]:
+    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
 def _attribute(func: Any) -> str:
     owner = func.__self__
     return owner.__name__ if isinstance(owner, GetSetDescriptorType) else getattr(owner, "__name__", resolve_name(func))
@@ -364,11 +389,11 @@ def _has_storage(tensor: Tensor) -> bool:
 
 
 def _fingerprint(tensor: Tensor) -> Tensor | None:
-    """Two moments of every row: enough to see a row that changes with its neighbours, at the price of a ReLU."""
-    if tensor.ndim == 0 or tensor.numel() == 0 or tensor.is_sparse or tensor.is_complex():
+    """The norm of every row: enough to see a row that changes with its neighbours, at the price of a ReLU."""
+    if tensor.ndim == 0 or tensor.numel() == 0 or tensor.layout is not torch.strided or tensor.is_complex():
         return None
-    rows = tensor.detach().reshape(tensor.shape[0], -1).float()
-    return torch.stack([rows.mean(1), rows.abs().mean(1)], 1)
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        return torch.linalg.vector_norm(tensor.detach().reshape(tensor.shape[0], -1).float(), dim=1)
 
 
 def where_of() -> str:

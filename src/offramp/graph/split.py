@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from offramp.errors import CutError
 from offramp.graph._guest import as_found, flat, rebuild
-from offramp.graph.cuts import Cut, cut_at, label, names_of
+from offramp.graph.cuts import Cut, cut_at, labels, names_of
 from offramp.graph.trace import Program, Traced
 
 __all__ = ["Stage", "State", "begin", "split"]
@@ -139,8 +139,8 @@ def _ordered(traced: Traced, program: Program, name: str | None) -> tuple[Cut | 
     cut = _find(traced, program, name)
     if program is traced.program:
         return cut, list(cut.rowwise), []
-    reference = [label(traced, traced.program, node) for node in _find(traced, traced.program, name).rowwise]
-    here = {label(traced, program, node): node for node in cut.rowwise}
+    reference = labels(traced, traced.program, _find(traced, traced.program, name))
+    here = dict(zip(labels(traced, program, cut), cut.rowwise, strict=True))
     if any(wanted not in here for wanted in reference):
         if len(reference) != len(cut.rowwise):
             raise CutError(
@@ -219,9 +219,9 @@ def _find(traced: Traced, program: Program, name: str) -> Cut:
 def _prove(traced: Traced, stages: Sequence[Stage]) -> None:
     """Chained on two rows of the example, the stages say what the untouched network says, bit for bit."""
     args, kwargs = traced.few
-    with as_found(traced.model, mode=False):
+    with as_found(traced.model, mode=False), torch.no_grad():
         said = flat(traced.model(*_copy(args), **_copy(kwargs)))[0]
-    with as_found(traced.model, mode=False):
+    with as_found(traced.model, mode=False), torch.no_grad():
         state: Any = begin(traced, *_copy(args), **_copy(kwargs))
         for stage in stages:
             state = stage(state)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from offramp.errors import CutError
+from offramp.errors import CutError, OfframpError
 from offramp.graph._guest import as_found, flat, rebuild
 from offramp.graph._recorder import Close, Recorder, Untraceable
 
@@ -37,6 +37,10 @@ class Program:
     """The output's leaves with None for tensors."""
     tensor_at: tuple[bool, ...]
     """Which of the output's leaves are tensors."""
+    homes: Mapping[str, Any]
+    """Where constants were found that the network may replace, a cache of it for one: functions that fetch them."""
+    watches: int
+    """How often Python decided something on the values of tensors."""
     last_use: Mapping[fx.Node, int] = field(repr=False)
     index: Mapping[fx.Node, int] = field(repr=False)
 
@@ -44,24 +48,34 @@ class Program:
 class Traced:
     """A network that has been traced, and its programs so far; made by :func:`trace`."""
 
+    depends_on_batch = False
+    """Whether the network ran another program for two rows than for three: Python took the batch size out of shapes."""
+
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model = model
+        self._pretend = False
         self._leaves: frozenset[str] = frozenset()
         self._programs: dict[Any, Program] = {}
         self.rows = _rows(args, kwargs)
         """Rows of the example inputs."""
         self._probe = _probe(args, kwargs, self.rows)
-        few = _take((args, kwargs) if self._probe is None else self._probe, [0, 2], 3)
-        self.few = few
-        with as_found(model, mode=False):
-            many, output = self._record(*self._probe, fingerprints=True)
-            fewer, _ = self._record(*few, fingerprints=True)
+        self.few = _take(self._probe, [0, 2], 3)
+        """Two rows like the example inputs."""
+        with torch.inference_mode(False), torch.no_grad():
+            many, output = self._record(*self._probe, mode=False)
+            if many.watches:
+                # Python looked at data. Some libraries do not when a tracer is at work: transformers keeps its masks then.
+                self._pretend = True
+                blind, said = self._record(*self._probe, mode=False)
+                self._pretend = blind.watches < many.watches
+                many, output = (blind, said) if self._pretend else (many, output)
+            fewer, _ = self._record(*self.few, mode=False)
+        self.depends_on_batch = _signature(many) != _signature(fewer)
+        with as_found(model, mode=False), torch.no_grad():
+            self._programs[self._key(*self._probe)] = many
         self.program, self.fewer = many, fewer
         self.output = output
         """What the untouched network says, in eval mode, about three rows like the example inputs."""
-        self.depends_on_batch = _signature(many) != _signature(fewer)
-        with as_found(model, mode=False):
-            self._programs[self._key(*self._probe)] = many
 
     def __deepcopy__(self, memo: Any) -> "Traced":
         import copy
@@ -71,18 +85,19 @@ class Traced:
     def program_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """The program of this call; traced now if its kind is new."""
         key = self._key(args, kwargs)
-        if key not in self._programs:
-            with as_found(self.model):
+        known = self._programs.get(key)
+        if known is None or any(fetch() is not known.constants[name] for name, fetch in known.homes.items()):
+            with torch.inference_mode(False):
                 program, _ = self._record(args, kwargs)
-            known = {_signature(other): other for other in reversed(self._programs.values())}
-            self._programs[key] = known.get(_signature(program), program)
+            same = {_signature(other): other for other in reversed(self._programs.values())}
+            self._programs[key] = same.get(_signature(program), program)
         return self._programs[key]
 
     def _key(self, args: Any, kwargs: Any) -> Any:
         leaves, _ = flat((args, kwargs))
         rows = _rows(args, kwargs)
         inputs = tuple(
-            (leaf.shape[1:] if _is_batched(leaf, rows) and not self._by_batch else leaf.shape, leaf.dtype, leaf.device)
+            (leaf.shape[1:] if _is_batched(leaf, rows) and not self.depends_on_batch else leaf.shape, leaf.dtype, leaf.device)
             if isinstance(leaf, Tensor) else leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)
             for leaf in leaves
         )
@@ -90,18 +105,15 @@ class Traced:
         return (
             inputs, tuple(sorted(kwargs)), len(args), tuple(module.training for module in self.model.modules()),
             first is not None and (first.dtype, first.device), torch.is_autocast_enabled("cpu"),
-            torch.is_autocast_enabled("cuda"),
+            torch.is_autocast_enabled("cuda"), torch.is_grad_enabled(),
         )
 
-    @property
-    def _by_batch(self) -> bool:
-        return getattr(self, "depends_on_batch", False)
-
-    def _record(self, args: Any, kwargs: Any, *, fingerprints: bool = False) -> tuple[Program, Any]:
+    def _record(self, args: Any, kwargs: Any, *, mode: bool | None = None) -> tuple[Program, Any]:
         """Run the model on copies of the inputs. Modules in which ops hide become leaves, and it is run again."""
         for _ in range(_MOST_LEAVES):
             try:
-                return _record(self.model, args, kwargs, self._leaves, fingerprints)
+                with as_found(self.model, mode=mode):
+                    return _record(self.model, args, kwargs, self._leaves, mode is False, self._pretend)
             except Untraceable as hidden:
                 if not hidden.path:
                     raise CutError(
@@ -110,6 +122,16 @@ class Traced:
                         todo="move that op into a submodule of its own: it is then run as a whole, and cuts lie around it",
                     ) from None
                 self._leaves |= {hidden.path}
+            except OfframpError:
+                raise
+            except Exception as error:
+                shapes = [tuple(t.shape) for t in flat((args, kwargs))[0] if isinstance(t, Tensor)]
+                raise CutError(
+                    expected=f"inputs on which {type(self.model).__name__} runs",
+                    got=f"{type(error).__name__}: {error} for shapes {shapes}", where="trace()",
+                    todo="call the model with these inputs yourself; then pass them, as a tuple of arguments or a dict of "
+                         "keyword arguments if there are several",
+                ) from error
         raise CutError("trace(): too many modules with ops that cannot be recorded.")
 
 
@@ -126,14 +148,14 @@ def trace(model: nn.Module, example_inputs: Any, *, within: str | None = None) -
 
 
 def _record(
-    model: nn.Module, args: Any, kwargs: Any, leaves: frozenset[str], fingerprints: bool
+    model: nn.Module, args: Any, kwargs: Any, leaves: frozenset[str], fingerprints: bool, pretend: bool
 ) -> tuple[Program, Any]:
     values, recipe = flat((args, kwargs))
-    values = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+    values = [v.detach().clone().requires_grad_(False) if isinstance(v, Tensor) else v for v in values]
     args, kwargs = rebuild(recipe, values)
     rows = _rows(args, kwargs)
     inputs = [v for v in values if isinstance(v, Tensor)]
-    recorder = Recorder(model, leaves=leaves, rows=rows if fingerprints else 0)
+    recorder = Recorder(model, leaves=leaves, rows=rows if fingerprints else 0, pretend=pretend)
     for tensor in inputs:
         recorder.placeholder(tensor)
     with recorder:
@@ -155,11 +177,28 @@ def _record(
         ),
         constants=recorder.constants, recipe=out_recipe,
         rest=tuple(None if isinstance(leaf, Tensor) else leaf for leaf in said),
-        tensor_at=tuple(isinstance(leaf, Tensor) for leaf in said), last_use=last_use, index=index,
+        tensor_at=tuple(isinstance(leaf, Tensor) for leaf in said), homes=_homes(model, recorder.constants),
+        watches=recorder.watches,
+        last_use=last_use, index=index,
     )
     for tensor in tensors:
         vars(tensor).pop("_offramp_node", None)
     return program, rebuild(out_recipe, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in said])
+
+
+def _homes(model: nn.Module, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Constants that are plain attributes of a module, or lie in a dict that is one."""
+    names = {id(value): name for name, value in constants.items() if isinstance(value, Tensor)}
+    homes: dict[str, Any] = {}
+    for module in model.modules() if names else ():
+        for attribute, value in vars(module).items():
+            if id(value) in names:
+                homes[names[id(value)]] = lambda m=module, a=attribute: getattr(m, a, None)
+            elif isinstance(value, dict) and attribute not in ("_parameters", "_buffers", "_modules"):
+                for key, item in value.items():
+                    if id(item) in names:
+                        homes[names[id(item)]] = lambda v=value, k=key: v.get(k)
+    return homes
 
 
 def _tidy(graph: fx.Graph) -> tuple[list[fx.Node], list[int]]:
@@ -273,7 +312,7 @@ def _inside(model: nn.Module, within: str, args: Any, kwargs: Any) -> tuple[nn.M
         seen.extend((args, kwargs))
         raise _Seen
 
-    with as_found(model, mode=False):
+    with as_found(model, mode=False), torch.no_grad():
         hook = inner.register_forward_pre_hook(look, with_kwargs=True)
         try:
             model(*args, **kwargs)
