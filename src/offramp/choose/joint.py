@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from offramp.choose.problem import Choice, Floats, Ints, Problem, tally
 
@@ -91,6 +90,9 @@ class _Board:
         self.head = np.array([pair[1] - self.scale for pair in ends])
         self.body = np.array([*(pair[0] for pair in ends), self.scale]) - np.array([*self.head, 0.0])
         self.rows = np.arange(len(problem.codes))
+        # rows of payload laid end to end: sample n at column c is row first[n] + c
+        self.flat = np.ascontiguousarray(problem.payload).reshape(len(self.rows) * (problem.exits + 1), -1)
+        self.first = self.rows * (problem.exits + 1)
         self._loss = problem.payload[:, :, -1, 0] if problem.table.task == "classify" else None
 
     # ---- judging ----------------------------------------------------------------------------------------------
@@ -129,20 +131,17 @@ class _Board:
 
     # ---- best responses ---------------------------------------------------------------------------------------
 
-    def reach(self, choice: Choice, e: int) -> NDArray[np.bool_]:
-        """(N,) the samples that no exit before ``e`` has let go."""
-        left = np.ones(len(self.rows), bool)
-        for p, j in choice.items():
-            if p < e:
-                left &= self.codes[p] > j
-        return left
-
-    def onward(self, choice: Choice, e: int) -> Ints:
-        """(N,) where a sample leaves that passes ``e``, ``e`` itself not looked at."""
+    def standing(self, others: Choice, e: int) -> tuple[Ints, Ints]:
+        """(the column (N,) where each sample leaves among ``others``, the samples that ``e`` would see)."""
         column = np.full(len(self.rows), self.problem.exits)
-        for p in sorted((p for p in choice if p > e), reverse=True):
-            column[self.codes[p] <= choice[p]] = p
-        return column
+        for p in sorted(others, reverse=True):
+            column[self.codes[p] <= others[p]] = p
+        return column, np.flatnonzero(column > e)
+
+    def sums(self, column: Ints) -> Floats:
+        """(V, D) what the payloads add up to; by einsum, as ``sum`` is slow to add up many short rows."""
+        total: Floats = np.einsum("nd->d", self.flat[self.first + column])
+        return total.reshape(self.problem.payload.shape[2:])
 
     def passed(self, choice: Choice) -> Floats:
         """(E + 1,) what a sample pays that leaves at each column, the heads of ``choice`` on the way counted."""
@@ -157,14 +156,13 @@ class _Board:
         others = {p: j for p, j in choice.items() if p != e}
         if not self.may_join(others, e):
             return choice
-        reach = self.reach(others, e)
-        rows = self.rows[reach]
-        column = self.onward(others, e)[reach]
+        column, rows = self.standing(others, e)
+        onward = column[rows]
         paid = self.passed(others)
-        stays = paid[column] + price * losses[rows, column]
+        stays = paid[onward] + price * losses[rows, onward]
         leaves = paid[e] + self.head[e] + price * losses[rows, e]
         count = len(self.problem.levels[e])
-        change = tally(self.codes[e][reach], (leaves - stays - self.head[e])[:, None], count)[:, 0]
+        change = tally(self.codes[e][rows], (leaves - stays - self.head[e])[:, None], count)[:, 0]
         change += self.head[e] * len(rows)
         j = int(change.argmin()) if count else -1
         return {**others, e: j} if j >= 0 and change[j] < 0 else others
@@ -206,25 +204,22 @@ class _Board:
         """The cheapest threshold of ``e``, or none, at an allowed loss, the others fixed; judged exactly."""
         problem = self.problem
         others = {p: j for p, j in choice.items() if p != e}
-        without = self.judged(others, allowed)
+        column, rows = self.standing(others, e)
+        paid, samples = self.passed(others), len(self.rows)
+        whole = paid[column].sum()
+        base = self.sums(column)
+        without = float(whole / samples) if problem.loss(base) <= allowed + 1e-12 else np.inf
         count = len(problem.levels[e])
         if not self.may_join(others, e) or not count:
-            return without
-        reach = self.reach(others, e)
-        rows = self.rows[reach]
-        column = self.onward(others, e)
-        paid = self.passed(others)
-        dearer = self.head[e]
-        code = self.codes[e][reach]
-        whole = paid[column].sum() + dearer * len(rows)
-        gain = tally(code, (paid[e] - paid[column[reach]])[:, None], count)[:, 0]
-        cost = (whole + gain) / len(self.rows)
-        base = problem.payload[self.rows, column].sum(axis=0)
-        moved = problem.payload[rows, e] - problem.payload[rows, column[reach]]
-        loss = problem.loss(base + tally(code, moved, count))
+            return without, others
+        code, onward = self.codes[e][rows], column[rows]
+        gain = tally(code, (paid[e] - paid[onward])[:, None], count)[:, 0]
+        cost = (whole + self.head[e] * len(rows) + gain) / samples
+        moved = self.flat[self.first[rows] + e] - self.flat[self.first[rows] + onward]
+        loss = problem.loss(base + tally(code, moved, count).reshape(count, *base.shape))
         cost = np.where(loss <= allowed + 1e-12, cost, np.inf)
         j = int(cost.argmin())
-        return (float(cost[j]), {**others, e: j}) if cost[j] < without[0] else without
+        return (float(cost[j]), {**others, e: j}) if cost[j] < without else (without, others)
 
     def refine(self, choice: Choice, allowed: float) -> Scored:
         """Move one exit, then two at a time, while the cost falls."""

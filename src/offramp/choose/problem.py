@@ -70,13 +70,13 @@ class Problem:
     def run(self, choice: Choice) -> tuple[Ints, float, float]:
         """(the column (N,) where each sample leaves, mean cost, loss) of thresholds ``levels[e][choice[e]]``."""
         exits = tuple(sorted(choice))
-        leaves = np.ones((len(self.codes), len(exits) + 1), bool)
-        for place, e in enumerate(exits):
-            leaves[:, place] = self.codes[:, e] <= choice[e]
-        at = leaves.argmax(axis=1)
-        column = np.array((*exits, self.exits))[at]
+        column = np.full(len(self.codes), self.exits)
+        for e in reversed(exits):
+            column[self.codes[:, e] <= choice[e]] = e
+        paid = np.zeros(self.exits + 1)
+        paid[[*exits, self.exits]] = self.path(exits)
         sums = self.payload[np.arange(len(column)), column].sum(axis=0)
-        return column, float(self.path(exits)[at].mean()), float(self.loss(sums))
+        return column, float(paid[column].mean()), float(self.loss(sums))
 
     def upper(self, choice: Choice, level: float, *, repeats: int = 400, seed: int = 0) -> float:
         """One-sided upper bound of the loss: what was found plus what drawing the samples anew adds, by bootstrap.
@@ -134,7 +134,8 @@ def thresholds_between(scores: Floats, steps: int) -> Floats:
         return np.zeros(0)
     rank = np.searchsorted(np.sort(scores), values[1:], side="left")  # samples below the gap before values[1:]
     gaps, middles = np.diff(values), values[:-1] + np.diff(values) / 2
-    usable = middles > values[:-1]  # neighbours one bit apart have no middle: score >= middle would still part them
+    # one bit apart there is no middle: the two leave together, or a last bit would part them
+    usable = (middles > values[:-1]) & (middles < values[1:])
     rank, gaps, middles = rank[usable], gaps[usable], middles[usable]
     lowest = max(values[0] - 1e-3, 0.0) if values[0] > 0 else values[0] - 1e-3
     if len(middles) > steps - 1:

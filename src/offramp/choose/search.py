@@ -51,6 +51,8 @@ def search(
         raise OfframpError(expected="tolerance 'joint', 'halving' or 'even'", got=repr(tolerance), where="search()")
     if len(table) == 0:
         raise OfframpError(expected="a table with samples", got="an empty one", where="search()")
+    if against not in ("auto", "labels", "backbone"):
+        raise OfframpError(expected="against 'auto', 'labels' or 'backbone'", got=repr(against), where="search()")
     if against == "auto":
         against = "labels" if table.has_labels else "backbone"
     exits = len(table.columns) - 1

@@ -81,7 +81,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, low: float = 0.05, high: 
         return high
     if slope(most) <= 0:
         return low
-    for _ in range(60):
+    for _ in range(40):
         middle = math.sqrt(least * most)
         if slope(middle) > 0:
             most = middle
