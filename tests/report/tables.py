@@ -14,10 +14,12 @@ def costs(exits: int = 4) -> Costs:
     heads = (*(1_000_000 for _ in range(exits - 1)), 0)
     latency = tuple(
         Latency(
-            device="cpu", engine="eager", dtype="float32", batch=batch, backbone_p50_ms=tuple(1.0 * k * scale for k in steps),
+            device="cpu", engine="eager", dtype="float32", batch=batch,
+            backbone_p50_ms=tuple(1.0 * k * scale for k in steps),
             backbone_p95_ms=tuple(1.2 * k * scale for k in steps),
             head_p50_ms=(*(0.05 * scale for _ in range(exits - 1)), 0.0),
-            head_p95_ms=(*(0.06 * scale for _ in range(exits - 1)), 0.0), dense_p50_ms=4.0 * scale, dense_p95_ms=4.4 * scale,
+            head_p95_ms=(*(0.06 * scale for _ in range(exits - 1)), 0.0), dense_p50_ms=4.0 * scale,
+            dense_p95_ms=4.4 * scale,
         ) for batch, scale in ((1, 1.0), (32, 20.0))
     )
     return Costs(macs=macs, head_macs=heads, param_bytes=macs, head_param_bytes=heads, peak_bytes=macs, latency=latency)

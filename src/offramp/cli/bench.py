@@ -20,6 +20,9 @@ from offramp.table import write_atomic
 
 __all__ = ["CutAt", "bench_run"]
 
+BUSY = "The machine was busy: threads waited for a core in many samples, and the least delayed were kept. " \
+       "Repeat on a quiet machine before quoting these times."
+
 
 class CutAt(nn.Module):
     """A smaller static network: the backbone up to one exit, and that exit's head, for every sample."""
@@ -36,7 +39,7 @@ class CutAt(nn.Module):
 
 
 def bench_run(
-    run: Run, *, batches: Sequence[int] = (1, 32), repeats: int = 40, engine: Any = "eager", dtype: str | None = None,
+    run: Run, *, batches: Sequence[int] = (1, 32), repeats: int = 40, engine: Any = "eager", dtype: Any = None,
     device: str | None = None, budget_s: float = 60.0, quiet: bool = False,
 ) -> dict[str, Any]:
     """Time the networks in turn on the test split's own samples, and keep the figures in bench.json."""
@@ -67,8 +70,7 @@ def bench_run(
         "setting": {"device": str(where), "engine": engine, "dtype": dtype or "float32",
                     "threads": torch.get_num_threads()},
         "machine": describe_machine(),
-        "note": "" if quiet_machine else "The machine was busy: threads waited for a core in many samples, and the least "
-                                         "delayed were kept. Repeat on a quiet machine before quoting these times.",
+        "note": "" if quiet_machine else BUSY,
     }
     write_atomic(run.path / "bench.json", json.dumps(page, indent=1) + "\n")
     return page

@@ -1,4 +1,4 @@
-"""The whole job on the built-in street scenes: a network of one's own, then exits without labels, plan, clock, report."""
+"""The whole job on the built-in scenes: a network of one's own, then exits without labels, plan, clock, report."""
 
 import time
 from pathlib import Path

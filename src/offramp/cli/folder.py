@@ -166,7 +166,8 @@ class Run:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file, or one sentence on why not."""
     try:
-        return safetensors.torch.load_file(path)
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+        return tensors
     except FileNotFoundError as error:
         raise FileFormatError(expected=f"a file {path}", got="none", where="offramp", todo="train again.") from error
     except Exception as error:  # safetensors raises its own and others for damaged headers

@@ -21,24 +21,25 @@ __all__ = ["dense_examples", "report_run", "static_point"]
 
 
 def report_run(
-    run: Run, *, out: Path | None = None, fitted_on: str = "calibration", test: str = "test", static: Sequence[str] = (),
-    command: str = "", quiet: bool = False, examples: int = 4,
+    run: Run, *, out: Path | None = None, fitted_on: str = "calibration", test: str = "test",
+    static: Sequence[str] = (), command: str = "", quiet: bool = False, examples: int = 4,
 ) -> tuple[Path, Report]:
     """Write the page; its path, and the figures on it."""
     plan, table = run.plan(), run.table(test)
     source = run.source
     split = source.split(test)
     points = [static_point(one, run, test, quiet=quiet) for one in static]
-    about = {"model": run.manifest.model, "data": run.manifest.data,
-             "recipe": str(run.manifest.recipe.get("data", {}).get("loss", "")) + " loss",
-             "command": "\n".join([*run.manifest.commands, *([command] if command not in run.manifest.commands else [])])}
+    made = run.manifest
+    commands = list(dict.fromkeys([*made.commands, command]))
+    about = {"model": made.model, "data": made.data, "recipe": f"{made.recipe.get('data', {}).get('loss')} loss",
+             "command": "\n".join(filter(None, commands))}
     # a dense search weighs matrices: fewer points keep the report within a minute
     tolerances = TOLERANCES if table.task == "classify" else TOLERANCES[1:10:2]
-    report = gather(fitted_on=run.table(fitted_on), test=table, plan=plan, bench=run.bench(), static=points, about=about,
-                    tolerances=tolerances)
+    report = gather(fitted_on=run.table(fitted_on), test=table, plan=plan, bench=run.bench(), static=points,
+                    about=about, tolerances=tolerances)
     maps = dense_examples(run, report, split, examples) if table.task == "dense" else []
     page = write(out or run.path / "report.html",
-                 render(report, dataset=split, dense=maps, title=f"offramp: {run.manifest.model}"))
+                 render(report, dataset=split, dense=maps, title="offramp report"))
     return page, report
 
 

@@ -34,8 +34,8 @@ def images_of(paths: list[Path], run: Run) -> FileSplit:
                             todo="check the path.")
         files += image_files(path, deep=True) if path.is_dir() else [path]
     if not files:
-        raise DataError(expected=f"images ({', '.join(sorted(IMAGE_SUFFIXES))})",
-                        got=f"none in {', '.join(map(str, paths))}", where="offramp run", todo="name a folder that has some.")
+        raise DataError(expected=f"images ({', '.join(sorted(IMAGE_SUFFIXES))})", where="offramp run",
+                        got=f"none in {', '.join(map(str, paths))}", todo="name a folder that has some.")
     height, width = run.manifest.shape[1:]
     source = run.source
     base = Path(paths[0]) if len(paths) == 1 and paths[0].is_dir() else Path("/")
@@ -45,10 +45,10 @@ def images_of(paths: list[Path], run: Run) -> FileSplit:
 
 
 def predict_run(
-    run: Run, paths: list[Path], out: Path, *, batch_size: int = 16, engine: Any = "eager", device: str | None = None,
-    quiet: bool = False,
+    run: Run, paths: list[Path], out: Path, *, batch_size: int = 16, engine: Any = "eager",
+    device: str | None = None, quiet: bool = False,
 ) -> dict[str, Any]:
-    """Predict, and write ``out``: a .csv or .json file, or a folder (dense networks: with a PNG of classes an image)."""
+    """Predict, and write ``out``: a .csv or .json file, or a folder (dense: with a PNG of classes an image)."""
     data, net, plan = images_of(paths, run), run.net, run.plan()
     where = torch.device(device or "cpu")
     fast = deploy(net.to(where), plan, engine=engine).to(where)
@@ -85,8 +85,8 @@ def predict_run(
 def _refuse_nan(logits: torch.Tensor, data: FileSplit, start: int) -> None:
     bad = ~torch.isfinite(logits).flatten(1).all(1)
     if bool(bad.any()):
-        raise DataError(expected="finite logits", got="NaN or infinity", where=data.names[start + int(bad.nonzero()[0])],
-                        todo="look at that image, and at the network's weights.")
+        raise DataError(expected="finite logits", got="NaN or infinity", todo="look at that image, and at the weights.",
+                        where=data.names[start + int(bad.nonzero()[0])])
 
 
 def _label_png(labels: torch.Tensor, file: Path) -> bytes:

@@ -47,7 +47,7 @@ def command_line() -> str:
 
 
 def verb(function: Callable[P, None]) -> Callable[P, None]:
-    """A verb that ends with exit code 2 and one clear sentence when the input is at fault; ``--debug`` adds the traceback."""
+    """Ends with exit code 2 and one clear sentence when the input is at fault; ``--debug`` adds the traceback."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -79,7 +79,8 @@ def _sentence(error: BaseException) -> str | None:
             return "no space left on the disk; nothing was half-written. What to do: free some, or choose another --out"
         return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return f"out of memory. What to do: a smaller --batch-size, or another --device ({str(error).splitlines()[0][:200]})"
+        first = (str(error).splitlines() or [""])[0][:200]
+        return f"out of memory ({first}). What to do: a smaller --batch-size, or another --device"
     return None
 
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 EPILOG = (
-    "MODEL: torchvision:resnet50?weights=DEFAULT, timm:hrnet_w18, smp:Unet?encoder_name=resnet18, offramp:cifar_resnet56, "
-    "or package.module:callable. DATA: imagefolder:PATH, cifar10:PATH, camvid:PATH, scenes, or package.module:callable."
+    "MODEL: torchvision:resnet50?weights=DEFAULT, timm:hrnet_w18, smp:Unet?encoder_name=resnet18, "
+    "offramp:cifar_resnet56, or package.module:callable. "
+    "DATA: imagefolder:PATH, cifar10:PATH, camvid:PATH, scenes, or package.module:callable."
 )
 app = typer.Typer(
     name="offramp", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -35,14 +36,14 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; t
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate; the recipe's own unless given.")]
 Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
 TrainSplit = Annotated[str | None, typer.Option(help="Splits to train on, such as train+unlabelled.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the CPU, or what accelerate finds, unless given.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Precision = Annotated[str | None, typer.Option(help="bf16 trains in mixed precision.")]
 Again = Annotated[bool, typer.Option("--again", help="Begin anew instead of going on.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Batches = Annotated[str, typer.Option(help="Batch sizes to time, with commas.")]
 MaxDrop = Annotated[float, typer.Option(help="Loss to tolerate, a fraction: 0.01 is one point.")]
 Minimise = Annotated[str, typer.Option(help="macs or latency_ms.")]
-Tolerance = Annotated[str, typer.Option(help="joint spends the loss where it saves most; halving and even share it out.")]
+Tolerance = Annotated[str, typer.Option(help="joint spends the loss where it saves most; halving, even share it out.")]
 Confidence = Annotated[str, typer.Option(help="top, margin or entropy.")]
 MaxExits = Annotated[int | None, typer.Option(min=0, help="Use at most so many exits.")]
 Against = Annotated[str, typer.Option(help="What the loss is measured against: auto, labels or backbone.")]
@@ -52,11 +53,12 @@ LatencyBatch = Annotated[int, typer.Option("--latency-batch", help="Batch size a
 @app.command(epilog="offramp sites torchvision:resnet50 --shape 3x224x224\n\n" + EPILOG)
 @verb
 def sites(
-    model: Model, data: Annotated[str | None, typer.Option("--data", help="Take the input's shape from this data.")] = None,
+    model: Model,
+    data: Annotated[str | None, typer.Option("--data", help="Take the input's shape from this data.")] = None,
     shape: Annotated[str, typer.Option(help="Or give it: CHANNELSxHEIGHTxWIDTH.")] = "3x224x224", within: Within = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """List the places where a network can be cut: what is live there, MACs before and after, whether the batch may shrink."""
+    """List the places where a network can be cut: what is live there, MACs before and after, may the batch shrink."""
     import json
 
     from offramp.cli.folder import example, probe
@@ -76,7 +78,8 @@ def sites(
     result({"model": model, "sites": json.loads(found.to_json())}, str(found), as_json=as_json)
 
 
-@app.command(epilog="offramp train offramp:cifar_resnet56?weights=net.pth --data cifar10:data/cifar10 --out run\n\n" + EPILOG)
+@app.command(epilog="offramp train offramp:cifar_resnet56?weights=net.pth --data cifar10:data/cifar10 --out run\n\n"
+                    + EPILOG)
 @verb
 def train(
     model: Model, data: Data, out: Out, exits: Exits = "4", recipe: RecipeName = "label_free", epochs: Epochs = None,
@@ -84,7 +87,8 @@ def train(
     precision: Precision = None, again: Again = False, as_json: Json = False, debug: Debug = False,
 ) -> None:
     """Cut a network, hang exits on the cuts and train them; makes the run folder. Goes on after a stop."""
-    run = _train(model, data, out, exits, recipe, epochs, lr, seed, train_split, within, device, precision, again, as_json)
+    run = _train(model, data, out, exits, recipe, epochs, lr, seed, train_split, within, device, precision, again,
+                 as_json)
     result({"run": str(out), "exits": run.manifest.exits}, f"{out}: exits at {', '.join(run.manifest.exits)}\n"
            f"next: offramp record {out}", as_json=as_json)
 
@@ -93,8 +97,8 @@ def train(
 @verb
 def record(
     run: Folder, split: Annotated[str, typer.Option(help="Splits to record, with commas.")] = "calibration,test",
-    batches: Batches = "1", batch_size: BatchSize = 32, device: Device = None, again: Again = False, as_json: Json = False,
-    debug: Debug = False,
+    batches: Batches = "1", batch_size: BatchSize = 32, device: Device = None, again: Again = False,
+    as_json: Json = False, debug: Debug = False,
 ) -> None:
     """Memoise what every exit says on a split, and what it costs; search and report read nothing else."""
     from offramp.cli.folder import Run
@@ -113,8 +117,8 @@ def record(
 @verb
 def search(
     run: Folder, max_drop: MaxDrop = 0.01, minimise: Minimise = "macs", tolerance: Tolerance = "joint",
-    confidence: Confidence = "top", max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1,
-    as_json: Json = False, debug: Debug = False,
+    confidence: Confidence = "top", max_exits: MaxExits = None, against: Against = "auto",
+    latency_batch: LatencyBatch = 1, as_json: Json = False, debug: Debug = False,
 ) -> None:
     """Choose exits and thresholds on the calibration split: the cheapest plan within a loss that you state."""
     from offramp.cli.folder import Run
@@ -140,12 +144,13 @@ def adapt(
     """Train, record and search in one go: from a pretrained network and images to a plan."""
     from offramp.cli.work import record_run, search_run
 
-    run = _train(model, data, out, exits, recipe, epochs, lr, seed, train_split, within, device, precision, again, as_json)
+    run = _train(model, data, out, exits, recipe, epochs, lr, seed, train_split, within, device, precision, again,
+                 as_json)
     splits = [one for one in ("calibration", "test") if one in run.source.splits]
     record_run(run, splits, batches=_numbers(batches, ",", "--batches"), batch_size=batch_size, device=device,
                quiet=as_json)
-    plan = search_run(run, options=_options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch),
-                      command=command_line())
+    plan = search_run(run, options=_options(max_drop, minimise, tolerance, confidence, max_exits, against,
+                                            latency_batch), command=command_line())
     result({"run": str(out), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes},
            f"{_plan(plan)}\nnext: offramp bench {out}; offramp report {out}", as_json=as_json)
 
@@ -159,7 +164,7 @@ def run(
     engine: Annotated[str, typer.Option(help="eager or compile.")] = "eager", device: Device = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """Answer for images with the adapted network: class, confidence and exit of each; dense networks write label PNGs."""
+    """Answer for images with the adapted network: class, confidence and exit; dense networks write label PNGs."""
     from offramp.cli.folder import Run
     from offramp.cli.predict import predict_run
 
@@ -177,7 +182,7 @@ def bench(
     budget: Annotated[float, typer.Option(help="Seconds to spend at most.")] = 60.0, device: Device = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """Time the adapted network beside the untouched one and a static one of about equal cost, in turn, on the test split."""
+    """Time the adapted network beside the untouched one and a static one of about equal cost, on the test split."""
     from offramp.cli.bench import bench_run
     from offramp.cli.folder import Run
 
@@ -199,7 +204,7 @@ def report(
     static: Annotated[list[str] | None, typer.Option(metavar="MODEL", help="Another network to stand beside.")] = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """Write one HTML page that opens anywhere: the curve, who leaves where, calibration, clocks, and what it was made of."""
+    """Write one HTML page that opens anywhere: the curve, who leaves where, calibration, clocks, and its origins."""
     from offramp.cli.folder import Run
     from offramp.cli.judge import report_run
 
@@ -216,7 +221,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A tiny run that shows the way, not the gain.")] = False,
     again: Again = False, as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """The whole job on built-in street scenes, without any download: train a network, adapt it, time it, report on it."""
+    """The whole job on built-in street scenes, no download: train a network, adapt it, time it, report on it."""
     from offramp.cli.demo import demo_run
 
     page, figures = demo_run(out, seed=seed, quick=quick, again=again, quiet=as_json, command=command_line())
@@ -241,8 +246,11 @@ def _train(
 
 def _options(max_drop: float, minimise: str, tolerance: str, confidence: str, max_exits: int | None, against: str,
              batch: int) -> dict[str, Any]:
-    allowed = {"--minimise": (minimise, ("macs", "latency_ms")), "--tolerance": (tolerance, ("joint", "halving", "even")),
-               "--confidence": (confidence, ("top", "margin", "entropy")), "--against": (against, ("auto", "labels", "backbone"))}
+    allowed = {
+        "--minimise": (minimise, ("macs", "latency_ms")), "--tolerance": (tolerance, ("joint", "halving", "even")),
+        "--confidence": (confidence, ("top", "margin", "entropy")),
+        "--against": (against, ("auto", "labels", "backbone")),
+    }
     for flag, (value, known) in allowed.items():
         if value not in known:
             fail(f"{flag}: expected {', '.join(known)}, but got {value!r}.")

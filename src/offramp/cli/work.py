@@ -1,6 +1,6 @@
 """What the verbs do, one function each, on a run folder; each goes on where it stopped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from offramp.types import Plan
 
 __all__ = ["make_recipe", "open_model", "record_run", "search_run", "start", "train_run"]
 
-RECIPES = {"label_free": recipes.label_free, "joint": recipes.joint}
+RECIPES: dict[str, Callable[..., Recipe]] = {"label_free": recipes.label_free, "joint": recipes.joint}
 
 
 def make_recipe(name: str, **options: Any) -> Recipe:
@@ -137,7 +137,8 @@ def record_run(
                 tables[name] = table
                 continue
         split = run.source.split(name)
-        loader = Steps(DataLoader(split, batch_size=batch_size), f"recording {len(split)} images of {name}", quiet=quiet)
+        words = f"recording {len(split)} images of {name}"
+        loader = Steps(DataLoader(split, batch_size=batch_size), words, quiet=quiet)
         tables[name] = record(run.net, loader, split=name, device=device, class_names=run.source.class_names,
                               latency={"batches": tuple(batches)} if latency else False)
         tables[name].save(page)

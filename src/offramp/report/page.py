@@ -101,7 +101,8 @@ def gather(
     scores, left = scores_of(test, plan), realised.exit_index.numpy()
     gone = [np.nonzero(left == k)[0] for k in range(len(plan.exits) + 1)]
     earliest = next((k for k in range(len(plan.exits)) if len(gone[k])), None)
-    first = [] if earliest is None else gone[earliest][np.argsort(-scores[gone[earliest], earliest], kind="stable")]
+    first: Any = [] if earliest is None else gone[earliest][
+        np.argsort(-scores[gone[earliest], earliest], kind="stable")]
     late = gone[-1] if not plan.exits else gone[-1][np.argsort(scores[gone[-1], -1], kind="stable")]
     return Report(
         plan=plan, test=test, fitted=fitted, realised=realised, quality=quality.name, drop=whole - mine,
@@ -122,7 +123,7 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
         "Accuracy against cost",
         f"Each blue point is a plan searched on <b>{escape(report.fitted.table.split)}</b> at one tolerance and obeyed "
         f"on <b>{escape(report.test.split)}</b>; exits, heads and thresholds are chosen anew for each. The dashed grey "
-        "line joins static networks, which treat every sample alike; any point on it can be had by a coin that picks one.",
+        "line joins static networks, which treat every sample alike; a coin that picks one gives any point on it.",
         f'<div class="card">{draw_curve(report.curve)}</div>'))
     parts.append(section(
         "Who leaves where", "Share of the samples that each exit answered.",

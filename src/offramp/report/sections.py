@@ -144,8 +144,9 @@ def _caption(report: "Report", i: int) -> str:
     k = int(report.realised.exit_index[i])
     column = report.realised.columns[k]
     where = report.realised.names[k]
-    score = report.scores[i, min(k, report.scores.shape[1] - 1)]
-    words = f"#{i} · {escape(where)} · sure {percent(float(score), 0)}"
+    words = f"#{i} · {escape(where)}"
+    if report.scores.shape[1]:
+        words += f" · sure {percent(float(report.scores[i, min(k, report.scores.shape[1] - 1)]), 0)}"
     if test.logits is not None:
         said = int(test.logits[i, column].argmax())
         words = f"<b>{escape(names[said] if names else str(said))}</b>" + (
@@ -177,9 +178,9 @@ def maps(report: "Report", examples: Sequence[DenseExample]) -> str:
                        f"<figcaption>sure {percent(sure)}</figcaption></figure>")
         columns = f"repeat({len(names) + 1}, minmax(7rem, 1fr))"
         parts.append(f'<div class="maps" style="grid-template-columns:{columns}">{"".join(top + low)}</div>')
-    return section("Exit by exit", "What each exit would say of an image, and how sure it is of each pixel (purple: not; "
-                                   "pale yellow: fully). The outlined exit gave the answer; later ones are shown for "
-                                   "comparison and do not run.", "".join(parts))
+    say = "What each exit would say of an image, and how sure it is of each pixel (purple: not; pale yellow: fully). " \
+          "The outlined exit gave the answer; later ones are shown for comparison and do not run."
+    return section("Exit by exit", say, "".join(parts))
 
 
 def about(report: "Report") -> str:
