@@ -97,23 +97,26 @@ def _picture() -> dict[str, Tensor]:
 
 
 _SEG = {"weights_backbone": None, "num_classes": 7}
-_SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
-          "max_position_embeddings": 40}
+_SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "intermediate_size": 64, "max_position_embeddings": 40}
 
 LIBRARY: tuple[Animal, ...] = (
     _tv("resnet18"), _tv("resnet50"), _tv("densenet121"), _tv("mobilenet_v2"), _tv("mobilenet_v3_large"),
     _tv("mobilenet_v3_small"), _tv("efficientnet_b0"), _tv("convnext_tiny"), _tv("vit_b_16", image_size=64),
-    _tv("swin_t"), _tv("swin_v2_t"), _tv("regnet_y_400mf"), _tv("shufflenet_v2_x1_0"), _tv("squeezenet1_1"), _tv("mnasnet0_5"),
+    _tv("swin_t"), _tv("swin_v2_t"), _tv("regnet_y_400mf"), _tv("shufflenet_v2_x1_0"),
+    _tv("squeezenet1_1"), _tv("mnasnet0_5"),
     _tv("inception_v3", 96, init_weights=False, trains=False), _tv("googlenet", init_weights=False),
     _tv("fcn_resnet50", aux_loss=True, **_SEG), _tv("deeplabv3_resnet50", **_SEG),
     _tv("deeplabv3_mobilenet_v3_large", **_SEG), _tv("lraspp_mobilenet_v3_large", **_SEG),
     _timm("hrnet_w18_small"), _timm("hrnet_w18_small", tag=":features", features_only=True), _timm("mobilenetv2_100"),
-    _timm("efficientvit_b0"), _timm("fastvit_t8"), _timm("convnextv2_atto"), _timm("maxvit_rmlp_pico_rw_256", img_size=64),
-    _timm("repvgg_a0"), _timm("levit_128s", 224), _timm("ghostnet_100"), _timm("poolformer_s12"), _timm("mobilevit_xxs"),
+    _timm("efficientvit_b0"), _timm("fastvit_t8"), _timm("convnextv2_atto"),
+    _timm("maxvit_rmlp_pico_rw_256", img_size=64),
+    _timm("repvgg_a0"), _timm("levit_128s", 224), _timm("ghostnet_100"), _timm("poolformer_s12"),
+    _timm("mobilevit_xxs"),
     _timm("tf_efficientnet_lite0"), _timm("edgenext_xx_small"), _timm("deit_tiny_patch16_224", img_size=64),
     _timm("resnest14d"), _timm("xcit_nano_12_p16_224", img_size=64), _timm("mixer_s32_224", img_size=64),
-    _smp("Unet"), _smp("UnetPlusPlus"), _smp("FPN"), _smp("DeepLabV3Plus"), _smp("PAN", size=128), _smp("Linknet"), _smp("MAnet"),
-    _smp("PSPNet"), _smp("UPerNet"), _smp("Segformer", "mit_b0"),
+    _smp("Unet"), _smp("UnetPlusPlus"), _smp("FPN"), _smp("DeepLabV3Plus"), _smp("PAN", size=128), _smp("Linknet"),
+    _smp("MAnet"), _smp("PSPNet"), _smp("UPerNet"), _smp("Segformer", "mit_b0"),
     _hf("BertForSequenceClassification", "BertConfig", _text, **_SMALL),
     _hf("DistilBertForSequenceClassification", "DistilBertConfig", _text, vocab_size=99, dim=32, n_layers=4, n_heads=4,
         hidden_dim=64, max_position_embeddings=40),
@@ -146,7 +149,7 @@ class InPlace(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)) for _ in range(4))
+        self.convs = nn.ModuleList(nn.Sequential(nn.ReLU(True), nn.Conv2d(8, 8, 3, padding=1)) for _ in range(4))
         self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +236,8 @@ class DictState(nn.Module):
         state: dict[str, Any] = {"x": x, "memory": torch.zeros_like(x), "step": 0}
         for block in self.blocks:
             state = block(state)
-        return {"logits": self.head(state["x"]), "kind": "made up", "steps": state["step"], "all": [state["memory"], (x,)]}
+        logits = self.head(state["x"])
+        return {"logits": logits, "kind": "made up", "steps": state["step"], "all": [state["memory"], (x,)]}
 
 
 class Looped(nn.Module):

@@ -42,7 +42,8 @@ def count(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Macs:
     >>> count(torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.zeros(1, 3, 10, 10)).total == 8 * 3 * 9 * 100
     True
     """
-    with torch.no_grad(), MacCounter() as counter:
+    counter = MacCounter()
+    with torch.no_grad(), counter:
         fn(*args, **kwargs)
     return counter.macs()
 
@@ -51,7 +52,7 @@ class MacCounter(TorchDispatchMode):
     """Counts while it is entered; ``total`` may be read at any time, so that a tracer can take differences."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self._by_op: Counter[str] = Counter()
         self._uncounted: Counter[str] = Counter()
@@ -155,12 +156,12 @@ _FORMULAS: dict[str, Formula] = {
 
 # Moving, making and naming memory: no arithmetic, so not worth a line in the list.
 _FREE = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros", "ones",
-    "ones_like", "new_ones", "full", "full_like", "new_full", "arange", "scalar_tensor", "clone", "copy_", "_to_copy",
-    "fill_", "zero_", "cat", "stack", "index_select", "gather", "embedding", "constant_pad_nd", "lift_fresh", "lift",
-    "_local_scalar_dense", "is_same_size", "contiguous", "repeat", "index", "index_put_", "slice_backward", "flip", "roll",
-    "native_dropout", "dropout", "bernoulli_", "randn", "rand", "randint", "normal_", "uniform_", "equal",
-    "lift_fresh_copy", "tril", "triu", "eye", "detach_", "resize_", "set_", "_reshape_alias", "pixel_shuffle",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros",
+    "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "arange", "scalar_tensor", "clone", "copy_",
+    "_to_copy", "fill_", "zero_", "cat", "stack", "index_select", "gather", "embedding", "constant_pad_nd",
+    "lift_fresh", "lift_fresh_copy", "lift", "_local_scalar_dense", "is_same_size", "contiguous", "repeat", "index",
+    "index_put_", "flip", "roll", "native_dropout", "dropout", "bernoulli_", "randn", "rand", "randint", "normal_",
+    "uniform_", "equal", "tril", "triu", "eye", "detach_", "resize_", "set_", "_reshape_alias", "pixel_shuffle",
 }
 
 

@@ -21,8 +21,7 @@ class _Traced:
     recorder: Any
 
     def __reduce__(self) -> Any:
-        plain = int if isinstance(self, int) else float
-        return plain, (plain(self),)  # type: ignore[call-overload]
+        return (int, (int(self),)) if isinstance(self, int) else (float, (float(self),))  # type: ignore[arg-type]
 
     def __copy__(self) -> Any:
         return self

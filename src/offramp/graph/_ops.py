@@ -1,14 +1,28 @@
-"""Which torch calls are sizes, which hand data to Python, and which are Python's own operators."""
+"""What the recorder knows of torch: which calls are sizes, which hand data to Python, which modules are one node."""
 
 import operator
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import GetSetDescriptorType
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
+from torch.overrides import resolve_name
 
 from offramp.errors import CutError
+from offramp.graph._guest import flat
 
-__all__ = ["DATA_READS", "OPERATORS", "SIZES", "same_as_traced"]
+__all__ = [
+    "DATA_READS", "OPERATORS", "SIZES", "attribute", "autocast", "fingerprint", "has_storage", "holds_tensor",
+    "is_leaf", "same_as_traced", "where_of",
+]
+
+CONTAINERS = (
+    nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
+)
+_PLUMBING = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(__file__).parents[1] / "cost"))
 
 SIZES = {"size", "numel", "nelement", "__len__"}
 DATA_READS = {
@@ -39,3 +53,52 @@ def same_as_traced(value: Any, expected: Any, where: str) -> None:
             got=str(value)[:60], where="stage()",
             todo="give attach() example inputs like these, or make that decision with torch.where",
         )
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one node: torch's own ones, and scripts and graphs, into which nobody can look."""
+    if isinstance(module, torch.jit.ScriptModule | fx.GraphModule):
+        return True
+    kind = type(module)
+    return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, CONTAINERS)
+
+
+def autocast() -> tuple[bool, bool]:
+    """Whether autocast is on, on the CPU and on the GPU."""
+    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+def attribute(func: Any) -> str:
+    """The name of the tensor attribute that a descriptor's ``__get__`` or ``__set__`` is for."""
+    owner = func.__self__
+    return owner.__name__ if isinstance(owner, GetSetDescriptorType) else getattr(owner, "__name__", resolve_name(func))
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether there is a tensor somewhere inside."""
+    return any(isinstance(leaf, Tensor) for leaf in flat(value)[0])
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether views of it can be told by their storage."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def fingerprint(tensor: Tensor) -> Tensor | None:
+    """The norm of every row: enough to see a row that changes with its neighbours, at the price of a ReLU."""
+    if tensor.ndim == 0 or tensor.numel() == 0 or tensor.layout is not torch.strided or tensor.is_complex():
+        return None
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        norms: Tensor = torch.linalg.vector_norm(tensor.detach().reshape(tensor.shape[0], -1).float(), dim=1)
+    return norms
+
+
+def where_of() -> str:
+    """File and line of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_PLUMBING) and not file.startswith("<"):
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"

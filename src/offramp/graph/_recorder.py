@@ -2,31 +2,40 @@
 
 A ``TorchFunctionMode`` sees every torch call on *real* tensors, so that whatever Python asks of them (truth, length,
 ``isinstance``) has its usual answer; the calls become nodes of a ``torch.fx`` graph. Modules of ``torch.nn`` stay one
-``call_module`` node each: norms and dropouts follow ``.training`` when the graph runs. Numbers read off shapes are nodes too.
+``call_module`` node each: norms and dropouts follow ``.training`` when the graph runs. Numbers read off shapes are
+nodes too.
 """
 
-import sys
+import threading
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from types import GetSetDescriptorType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from offramp.cost.macs import MacCounter
 from offramp.graph._guest import flat, version
 from offramp.graph._numbers import TracedFloat, TracedInt, traced_number
-from offramp.graph._ops import DATA_READS, OPERATORS, SIZES, same_as_traced
+from offramp.graph._ops import (
+    DATA_READS,
+    OPERATORS,
+    SIZES,
+    attribute,
+    autocast,
+    fingerprint,
+    has_storage,
+    holds_tensor,
+    is_leaf,
+    same_as_traced,
+    where_of,
+)
 
-__all__ = ["Close", "Recorder", "Untraceable", "where_of"]
+__all__ = ["Close", "Recorder", "Untraceable"]
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
-_PLUMBING = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _NODE = "_offramp_node"
 _original_call = nn.Module.__call__
 _original_setattr = nn.Module.__setattr__
@@ -58,10 +67,11 @@ class Recorder(TorchFunctionMode):
     def __init__(
         self, model: nn.Module, *, leaves: frozenset[str] = frozenset(), rows: int = 0, pretend: bool = False
     ) -> None:
-        """leaves: modules to run as one node. rows: fingerprint tensors of so many rows. pretend: say that jit is tracing."""
+        """leaves: modules to run as one node. rows: fingerprint tensors of that many. pretend: say that jit traces."""
         super().__init__()
         self.rows, self.active = rows, False
         self.watches = 0
+        self._thread = threading.get_ident()
         self._pretend = pretend
         self.graph = fx.Graph()
         self.closes: list[Close] = []
@@ -78,7 +88,7 @@ class Recorder(TorchFunctionMode):
         self._busy = False  # inside an op that is one node: what happens there is its own affair
         self._counter = _Counter(self)
         self._exits = ExitStack()
-        self._autocast, self._grad = _autocast(), torch.is_grad_enabled()
+        self._autocast, self._grad = autocast(), torch.is_grad_enabled()
 
     # -- entering and leaving
 
@@ -96,7 +106,7 @@ class Recorder(TorchFunctionMode):
         if self._pretend:
             self._exits.enter_context(patch.object(torch.jit, "is_tracing", lambda: True))
         self._exits.enter_context(self._counter)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         self.active = True
         return self
 
@@ -104,7 +114,7 @@ class Recorder(TorchFunctionMode):
         self.active = False
         nn.Module.__call__ = _original_call  # type: ignore[method-assign]
         nn.Module.__setattr__ = _original_setattr  # type: ignore[method-assign]
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._exits.close()
 
     def placeholder(self, tensor: Tensor) -> None:
@@ -137,15 +147,15 @@ class Recorder(TorchFunctionMode):
             self._busy = False
         written = [t for t, seen in zip(tensors, versions, strict=True) if version(t) != seen]
         results = flat(out)[0]
-        if name in SIZES or (name == "__get__" and _attribute(func) == "shape"):
+        if name in SIZES or (name == "__get__" and attribute(func) == "shape"):
             return self._size(name, args, out)
         if not written and not any(isinstance(leaf, Tensor) for leaf in results):
             return out
         if name == "__set__" or name == "__delete__":
-            node = self._node("call_function", setattr, (self.argument(args[0]), _attribute(func),
+            node = self._node("call_function", setattr, (self.argument(args[0]), attribute(func),
                                                          self.argument(args[1])), {})
         elif name == "__get__":
-            node = self._node("call_function", getattr, (self.argument(args[0]), _attribute(func)), {})
+            node = self._node("call_function", getattr, (self.argument(args[0]), attribute(func)), {})
         else:
             assert arguments is not None
             node = self._call(func, name, *arguments)
@@ -155,9 +165,9 @@ class Recorder(TorchFunctionMode):
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What ``nn.Module.__call__`` does meanwhile."""
         path = self._paths.get(id(module))
-        if self._busy or path is None or not self.active:
+        if self._busy or path is None or not self.active or threading.get_ident() != self._thread:
             return _original_call(module, *args, **kwargs)
-        if path not in self._leaves and not _is_leaf(module):
+        if path not in self._leaves and not is_leaf(module):
             self._stack.append(path)
             try:
                 out = _original_call(module, *args, **kwargs)
@@ -237,16 +247,14 @@ class Recorder(TorchFunctionMode):
         return found[1] if found is not None and found[0] is self else None
 
     def _constant(self, value: Any) -> fx.Node:
-        for name, known in self.constants.items():
-            if known is value:
-                break
-        else:
+        name = next((name for name, known in self.constants.items() if known is value), None)
+        if name is None:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = value
         return self._node("get_attr", name, (), {})
 
     def _node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        if _autocast() != self._autocast:
+        if autocast() != self._autocast:
             raise Untraceable(self._stack[-1], "an op under an autocast of the network's own", where_of())
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta.update(where=where_of(), path=self._stack[-1], macs=0, writes=())
@@ -264,27 +272,27 @@ class Recorder(TorchFunctionMode):
         """Name the results of an op, and note what it read, wrote and cost."""
         node.meta["macs"] = macs
         node.meta["writes"] = tuple(self._node_of(tensor) for tensor in written)
-        roots = {t.untyped_storage()._cdata: self._node_of(t).meta.get("root") for t in tensors if _has_storage(t)}
+        roots = {t.untyped_storage()._cdata: self._node_of(t).meta.get("root") for t in tensors if has_storage(t)}
         self._unpack(node, out, roots)
 
     def _unpack(self, node: fx.Node, out: Any, roots: dict[int, Any]) -> None:
         if isinstance(out, Tensor):
-            if _has_storage(out):
+            if has_storage(out):
                 node.meta["root"] = roots.get(out.untyped_storage()._cdata) or node
             self._name(out, node)
         elif isinstance(out, tuple | list):
             for index, item in enumerate(out):
-                if _holds_tensor(item):
+                if holds_tensor(item):
                     part = self._node("call_function", OPERATORS["__getitem__"][0], (node, index), {})
                     self._unpack(part, item, roots)
         elif isinstance(out, dict):
             for key, item in out.items():
-                if _holds_tensor(item):
+                if holds_tensor(item):
                     part = self._node("call_function", OPERATORS["__getitem__"][0], (node, key), {})
                     self._unpack(part, item, roots)
         elif hasattr(out, "__dataclass_fields__"):
             for key in out.__dataclass_fields__:
-                if _holds_tensor(getattr(out, key)):
+                if holds_tensor(getattr(out, key)):
                     part = self._node("call_function", getattr, (node, key), {})
                     self._unpack(part, getattr(out, key), roots)
 
@@ -292,7 +300,7 @@ class Recorder(TorchFunctionMode):
         node.meta.setdefault("root", node)
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         if self.rows:
-            node.meta["print"] = _fingerprint(tensor) if tensor.shape[:1] == (self.rows,) else None
+            node.meta["print"] = fingerprint(tensor) if tensor.shape[:1] == (self.rows,) else None
         if id(tensor) not in self._state:
             setattr(tensor, _NODE, (self, node))
 
@@ -314,7 +322,7 @@ class Recorder(TorchFunctionMode):
         return traced_number(out, node, self)
 
     def _read_data(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Python asks for a tensor's value: kept symbolic where it can be, and otherwise watched when the graph runs."""
+        """Python asks for a tensor's value: kept symbolic where it can be, otherwise watched when the graph runs."""
         self._busy = True
         try:
             out = func(*args, **kwargs)
@@ -362,46 +370,3 @@ class _Counter(MacCounter):
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         self._recorder.untracked(func, args, kwargs)
         super().note(func, args, kwargs, out)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule | fx.GraphModule):
-        return True
-    kind = type(module)
-    return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, _CONTAINERS)
-
-
-def _autocast() -> tuple[bool, bool]:
-    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
-def _attribute(func: Any) -> str:
-    owner = func.__self__
-    return owner.__name__ if isinstance(owner, GetSetDescriptorType) else getattr(owner, "__name__", resolve_name(func))
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in flat(value)[0])
-
-
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def _fingerprint(tensor: Tensor) -> Tensor | None:
-    """The norm of every row: enough to see a row that changes with its neighbours, at the price of a ReLU."""
-    if tensor.ndim == 0 or tensor.numel() == 0 or tensor.layout is not torch.strided or tensor.is_complex():
-        return None
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        return torch.linalg.vector_norm(tensor.detach().reshape(tensor.shape[0], -1).float(), dim=1)
-
-
-def where_of() -> str:
-    """File and line of the innermost frame that is neither torch's nor ours."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_PLUMBING) and not file.startswith("<"):
-            return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "?"

@@ -1,7 +1,7 @@
 """Where a network can be cut: a small frontier of live tensors that determines everything after it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
@@ -9,12 +9,14 @@ import torch
 from torch import fx, nn
 
 from offramp.errors import CutError
-from offramp.graph.trace import Program, Traced, signature_of, trace
+from offramp.graph._ops import same_as_traced
+from offramp.graph.trace import Program, Traced, trace
 from offramp.types import ExitSite, LiveTensor
 
 __all__ = ["Cut", "Sites", "cut_at", "labels", "names_of", "sites"]
 
 MOST_LIVE = 8
+_LOOSE = {"bfloat16": 3e-2, "float16": 4e-3}  # relative; 1e-4 for the rest
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,17 @@ class Cut:
     fixed: tuple[fx.Node, ...]
     """Live sizes, and live tensors that know nothing of the batch."""
     again: tuple[fx.Node, ...]
-    """Ints worth as much as the batch: not carried, but read again from what is live, so that they follow a smaller batch."""
+    """Ints worth as much as the batch: not carried but read again from what is live, to follow a smaller batch."""
     why_not: str = ""
 
 
 class Sites(Sequence[ExitSite]):
     """The sites of a network in order of depth; prints as a table."""
 
-    def __init__(self, items: Sequence[ExitSite], traced: Traced) -> None:
+    def __init__(self, items: Sequence[ExitSite], traced: Traced, aliases: Mapping[str, str]) -> None:
         self._items, self.traced = tuple(items), traced
+        self.aliases = aliases
+        """Names of other modules that return at the same place, as ``layer2`` does with its last block."""
 
     @overload
     def __getitem__(self, index: int) -> ExitSite: ...
@@ -57,19 +61,17 @@ class Sites(Sequence[ExitSite]):
     def __str__(self) -> str:
         whole = max((site.macs_before + site.macs_after for site in self), default=0)
         unit, scale = ("G", 1e9) if whole >= 1e9 else ("M", 1e6)
-        head = ("site", "live", f"{unit}MACs before", f"{unit}MACs after", "param MB", "shrinks")
-        rows = [head] + [
-            (("" if site.is_block else "  ") + site.name, ", ".join(map(str, site.live)),
-             f"{site.macs_before / scale:.3f}", f"{site.macs_after / scale:.3f}",
-             f"{site.param_bytes_before / 1e6:.2f}", "yes" if site.shrinkable else f"no: {site.why_not}")
+        reasons = list(dict.fromkeys(site.why_not for site in self if not site.shrinkable))
+        rows = [("site", f"{unit}MACs before", "after", "param MB before", "shrinks", "live")] + [
+            (("" if site.is_block else "  ") + site.name, f"{site.macs_before / scale:.3f}",
+             f"{site.macs_after / scale:.3f}", f"{site.param_bytes_before / 1e6:.2f}",
+             "yes" if site.shrinkable else f"no [{reasons.index(site.why_not) + 1}]", ", ".join(map(str, site.live)))
             for site in self
         ]
-        widths = [min(max(len(row[i]) for row in rows), 60) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.rjust(w) if i in (2, 3, 4) else cell.ljust(w)
-                      for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-            for row in rows
-        )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] + [0]
+        table = ["  ".join(cell.rjust(w) if i in (1, 2, 3) else cell.ljust(w)
+                           for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+        return "\n".join(table + [f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)])
 
 
 def sites(model: nn.Module, example_inputs: Any, *, within: str | None = None) -> Sites:
@@ -97,8 +99,8 @@ def sites_of(traced: Traced) -> Sites:
                 held += parameter.numel() * parameter.element_size()
         bytes_before.append(held)
     found = []
-    blocks = _blocks(traced.model)
-    for position, names in names_of(traced, program).items():
+    places = names_of(traced, program)
+    for position, names in places.items():
         if not 0 < costs[position] < macs or not names:
             continue
         cut = cut_at(traced, program, position)
@@ -109,32 +111,46 @@ def sites_of(traced: Traced) -> Sites:
             live=tuple(LiveTensor(name=said, shape=_shape(traced, node), dtype=node.meta["dtype"])
                        for said, node in zip(labels(traced, program, cut), cut.rowwise, strict=True)),
             macs_before=costs[position], macs_after=macs - costs[position], param_bytes_before=bytes_before[position],
-            shrinkable=not cut.why_not, why_not=cut.why_not, is_block=names[0].split("#")[0] in blocks,
+            shrinkable=not cut.why_not, why_not=cut.why_not, is_block=names[0].split("#")[0] in traced.blocks,
         ))
     if not found:
         raise CutError(
-            expected="a network with a place where a few tensors determine the rest", got="none",
+            expected="a network with a place where a few tensors determine the rest",
+            got=f"none (it counts {macs} MACs, and {len(places)} of its modules return on the way: {_widest(traced)})",
             where=f"sites({type(traced.model).__name__})",
-            todo="split its forward into submodules: sites lie where a module returns",
+            todo="split its forward into submodules: sites lie where a module returns, with MACs on both sides",
         )
     if sum(site.is_block for site in found) < 2:
         found = [ExitSite(**{**{k: getattr(s, k) for k in s.__dataclass_fields__}, "is_block": True}) for s in found]
-    return Sites(found, traced)
+    named = {site.name for site in found}
+    aliases = {other: names[0] for names in places.values() if names[0] in named for other in names[1:]}
+    return Sites(found, traced, aliases)
 
 
 def _shape(traced: Traced, node: fx.Node) -> tuple[int, ...]:
-    """A live tensor's shape for as many rows as the example has, from what it is for three and for two."""
+    """A live tensor's shape for as many rows as the example has, from what it is for two batches."""
     twin = _twin(traced, node)
     many = node.meta["shape"]
     few = twin.meta.get("shape", ()) if twin else ()
+    drop = traced.many - len(traced.kept)
     if len(many) != len(few):
         return (traced.rows, *many[1:])
-    return tuple(a + (traced.rows - 3) * (a - b) for a, b in zip(many, few, strict=True))
+    return tuple(a + (traced.rows - traced.many) * (a - b) // drop for a, b in zip(many, few, strict=True))
+
+
+def _widest(traced: Traced) -> str:
+    """Where most is alive, for the error that nothing can be cut."""
+    program = traced.program
+    tensors = [node for node in program.nodes if "shape" in node.meta and node.op != "get_attr"]
+    live = [sum(program.index[n] < i <= program.last_use.get(n, -1) for n in tensors)
+            for i in range(len(program.nodes))]
+    node = program.nodes[live.index(max(live))]
+    return f"at {node.name}, {node.meta.get('where', '?')}, {max(live)} tensors are still needed"
 
 
 def names_of(traced: Traced, program: Program) -> dict[int, list[str]]:
     """Positions where modules return, with the names of those modules; the first is the site's own."""
-    blocks = _blocks(traced.model)
+    blocks = traced.blocks
     places: dict[int, list[tuple[bool, int, str]]] = {}
     for close in program.closes:
         inside = any(close.path.startswith(block + ".") for block in blocks)
@@ -146,8 +162,8 @@ def names_of(traced: Traced, program: Program) -> dict[int, list[str]]:
 
 
 def labels(traced: Traced, program: Program, cut: Cut) -> list[str]:
-    """Names for a cut's tensors: the module that returned it, or the module in which an op made it; the same in all modes."""
-    blocks = _blocks(traced.model)
+    """Names for a cut's tensors, the same in all modes: what module returned it, or in which module what op made it."""
+    blocks = traced.blocks
     said: list[str] = []
     for node in cut.rowwise:
         names = [(c.path not in blocks, c.path.count("."), f"{c.path}#{c.call}" if c.call else c.path)
@@ -159,11 +175,14 @@ def labels(traced: Traced, program: Program, cut: Cut) -> list[str]:
 
 
 def cut_at(traced: Traced, program: Program, position: int) -> Cut | None:
-    """What lives at a position; None where no cut can be: no tensor with rows, or views of one that is written to later."""
+    """What lives at a position; None where no cut can be: no tensor with rows, or views of one written to later."""
     live = [node for node in program.nodes[:position]
             if program.last_use.get(node, -1) >= position and node.op != "get_attr"]
     reference = traced.program
-    rowwise, fixed, again, why = [], [], [], ""
+    rowwise: list[fx.Node] = []
+    fixed: list[fx.Node] = []
+    again: list[fx.Node] = []
+    why = ""
     for node in live:
         twin = node if program is reference else None
         if "shape" in node.meta:
@@ -196,31 +215,10 @@ def _has_rows(node: fx.Node, program: Program) -> bool:
 def _twin(traced: Traced, node: fx.Node) -> fx.Node | None:
     """The same node in the trace with fewer rows."""
     many, fewer = traced.program, traced.fewer
-    at, prefix, suffix = many.index[node], *_common(traced)
+    at, (prefix, suffix) = many.index[node], traced.shared
     if at < prefix:
         return fewer.nodes[at]
     return fewer.nodes[at - len(many.nodes)] if len(many.nodes) - at <= suffix else None
-
-
-def _common(traced: Traced) -> tuple[int, int]:
-    """How many nodes the two traces share at their beginning and at their end."""
-    cached = getattr(traced, "_shared", None)
-    if cached is None:
-        many, fewer = traced.program, traced.fewer
-        if not traced.depends_on_batch:
-            cached = len(many.nodes), len(many.nodes)
-        else:
-            a = [signature_of(many, node)[:2] for node in many.nodes]
-            b = [signature_of(fewer, node)[:2] for node in fewer.nodes]
-            full = [signature_of(many, n) == signature_of(fewer, m)
-                    for n, m in zip(many.nodes, fewer.nodes, strict=False)]
-            prefix = next((i for i, same in enumerate(full) if not same), len(full))
-            suffix = 0
-            if len(a) == len(b):
-                suffix = next((i for i, same in enumerate(reversed(full)) if not same), len(full))
-            cached = prefix, suffix
-        traced._shared = cached  # type: ignore[attr-defined]
-    return cached
 
 
 def _tensor(traced: Traced, node: fx.Node) -> tuple[bool, str]:
@@ -230,13 +228,16 @@ def _tensor(traced: Traced, node: fx.Node) -> tuple[bool, str]:
     said = f"{node.name} ({node.meta['where']})"
     if b is None:
         return True, f"{said} is made differently for each batch size"
-    prints = node.meta["print"], twin.meta["print"] if twin else None
-    if len(a) and a[0] == 3 and b[0] == 2 and a[1:] == b[1:]:
-        same = prints[0] is None or torch.allclose(prints[0][[0, 2]], prints[1], rtol=1e-4, atol=1e-6, equal_nan=True)
+    n, m = traced.many, len(traced.kept)
+    if len(a) and (a[0], *b[:1]) == (n, m) and a[1:] == b[1:]:
+        assert twin is not None
+        ours, theirs = node.meta["print"], twin.meta["print"]
+        loose = _LOOSE.get(node.meta["dtype"], 1e-4)
+        same = ours is None or torch.allclose(ours[list(traced.kept)], theirs, rtol=loose, atol=1e-6, equal_nan=True)
         return True, "" if same else f"rows of {said} depend on the other rows"
     if a == b:
         return False, ""
-    return True, f"{said} has shape {a} for 3 rows and {b} for 2: the batch is not its dimension 0"
+    return True, f"{said} has shape {a} for {n} rows and {b} for {m}: the batch is not its dimension 0"
 
 
 def _number(traced: Traced, program: Program, node: fx.Node) -> tuple[bool, str]:
@@ -251,18 +252,22 @@ def _number(traced: Traced, program: Program, node: fx.Node) -> tuple[bool, str]
     value, other = node.meta["value"], twin.meta.get("value") if twin else None
     if value == other:
         return False, ""
-    if (value, other) == (3, 2):
+    n, m = traced.many, len(traced.kept)
+    if (value, other) == (n, m):
         return True, ""
-    return False, (f"{node.name} ({node.meta['where']}) changes with the batch size: {value} for 3 rows, {other} for 2; "
-                   "read it from a tensor after the cut instead")
+    return False, (f"{node.name} ({node.meta['where']}) changes with the batch size: {value} for {n} rows, {other} "
+                   f"for {m}; read it from a tensor after the cut instead")
 
 
 def _after(traced: Traced, position: int) -> str:
     """Why dropping rows at a position would change the rest, found in the outputs of the two traces."""
     many = traced.program
-    prefix, suffix = _common(traced)
+    prefix, suffix = traced.shared
     if position < len(many.nodes) - suffix:
         node = many.nodes[min(prefix, len(many.nodes) - 1)]
+        if any(n.target is same_as_traced for n in many.nodes[max(prefix - 2, 0):prefix + 2]):
+            return (f"{node.name} ({node.meta.get('where', '?')}): Python decides on the values of tensors there; "
+                    "use torch.where")
         return (f"{node.name} ({node.meta.get('where', '?')}) has the batch size burnt in: Python took it out of the "
                 "shapes, with range(), int() or the like; use torch ops on sizes")
     for node in many.nodes[-1].all_input_nodes:
@@ -277,10 +282,11 @@ def _after(traced: Traced, position: int) -> str:
 def _macs_per_sample(traced: Traced) -> list[int]:
     many, fewer = traced.program, traced.fewer
     if traced.depends_on_batch:
-        return [round(node.meta.get("macs", 0) / 3) for node in many.nodes]
-    # What one row costs, plus what is paid once a call: macs(1) = macs(2) - (macs(3) - macs(2)).
-    return [2 * b.meta.get("macs", 0) - a.meta.get("macs", 0)
-            for a, b in zip(many.nodes, fewer.nodes, strict=True)]
+        return [round(node.meta.get("macs", 0) / traced.many) for node in many.nodes]
+    # What one row costs, plus what is paid once a call.
+    n, m = traced.many, len(traced.kept)
+    costs = [(a.meta.get("macs", 0), b.meta.get("macs", 0)) for a, b in zip(many.nodes, fewer.nodes, strict=True)]
+    return [few - (m - 1) * (most - few) // (n - m) for most, few in costs]
 
 
 def _parameters(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
@@ -292,32 +298,3 @@ def _parameters(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
     if isinstance(owner, nn.Module):
         return list(owner.parameters())
     return [owner] if isinstance(owner, nn.Parameter) else []
-
-
-def _is_container(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.forward is nn.Sequential.forward or (
-        isinstance(module, nn.ModuleList | nn.ModuleDict) and kind.forward is nn.ModuleList.forward)
-
-
-def _blocks(model: nn.Module) -> set[str]:
-    """The repeated units: children of a container, or siblings of one class; not inside another unit, not leaves."""
-    cached = getattr(_blocks, "cache", None)
-    if cached is not None and cached[0] is model:
-        return cached[1]
-    found: set[str] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
-        grown = [(name, child) for name, child in module.named_children() if next(child.children(), None) is not None]
-        kinds = [type(child) for _, child in grown]
-        for name, child in grown:
-            inner = f"{path}.{name}" if path else name
-            holds_units = _is_container(child) and any(next(c.children(), None) is not None for c in child.children())
-            if not holds_units and (_is_container(module) or kinds.count(type(child)) > 1):
-                found.add(inner)
-            else:
-                walk(child, inner)
-
-    walk(model, "")
-    _blocks.cache = (model, found)  # type: ignore[attr-defined]
-    return found

@@ -13,17 +13,20 @@ def place(sites: Sequence[ExitSite], exits: int | Sequence[str] | Callable[[Exit
     """Choose sites, in order of depth.
 
     An int n takes the block outputs nearest to k / (n + 1) of the MACs, k = 1 ... n: "candidate exit points at block
-    boundaries, approximately equidistant in workload" (MESS, arXiv:2106.03527, section 4.1); where the batch may shrink,
-    if there are enough such places. CutError when there are fewer blocks than exits, or a name is unknown.
+    boundaries, approximately equidistant in workload" (MESS, arXiv:2106.03527, section 4.1); only where the batch may
+    shrink, if there are enough such places. CutError when there are fewer blocks than exits, or a name is unknown.
     """
     if isinstance(exits, int):
         return _by_macs(sites, exits)
     if callable(exits):
         chosen = [site for site in sites if exits(site)]
         if not chosen:
-            raise CutError(expected="a predicate that holds for a site", got=f"False for all {len(sites)}", where="place()")
+            raise CutError(
+                expected="a predicate that holds for a site", got=f"False for all {len(sites)}", where="place()"
+            )
         return chosen
-    names = [exits] if isinstance(exits, str) else list(exits)
+    aliases = getattr(sites, "aliases", {})
+    names = [aliases.get(name, name) for name in ([exits] if isinstance(exits, str) else exits)]
     known = {site.name: site for site in sites}
     unknown = [name for name in names if name not in known]
     if unknown or not names:

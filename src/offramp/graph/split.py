@@ -4,7 +4,7 @@ import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,13 +35,18 @@ class State:
         return int(self.tensors[0].shape[0])
 
     def select(self, index: Tensor) -> "State":
-        """The state of some rows alone: a bool mask (N,) or a LongTensor of row numbers. CutError where rows hang together."""
+        """The state of some rows alone: a bool mask (N,) or a LongTensor of row numbers.
+
+        CutError where the rest of the network needs all rows together.
+        """
         if self.why_not:
             raise CutError(
                 expected="a site where the batch may shrink", got=self.why_not, where="State.select()",
                 todo="drop rows at another site, or let the whole batch go on",
             )
-        return replace(self, tensors=tuple(t[index] for t in self.tensors), carried=tuple(t[index] for t in self.carried))
+        return replace(
+            self, tensors=tuple(t[index] for t in self.tensors), carried=tuple(t[index] for t in self.carried)
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> "State":
         """The state moved or cast, as ``Tensor.to`` does it."""
@@ -64,7 +69,7 @@ def begin(traced: Traced, *args: Any, **kwargs: Any) -> State:
 
 
 def split(traced: Traced, names: Sequence[str]) -> list["Stage"]:
-    """``len(names) + 1`` stages that meet at the sites ``names``, in order of depth; the last gives the network's output.
+    """``len(names) + 1`` stages that meet at the sites ``names``, in order of depth; the last gives the output.
 
     They share modules and parameters with the guest, in which nothing is registered. The stages are proved once, here:
     chained on the example they say exactly what the untouched network says. CutError for unknown or disordered names.
@@ -82,7 +87,8 @@ def split(traced: Traced, names: Sequence[str]) -> list["Stage"]:
 class Stage:
     """From one site to the next: ``stage(state) -> State``, and the last one gives the network's own output.
 
-    ``module(program)`` is the plain ``torch.fx.GraphModule`` inside; ``compiled(fn)`` maps it, with ``torch.compile`` for one.
+    ``module(program)`` is the plain ``torch.fx.GraphModule`` inside; ``compiled(fn)`` maps it, with ``torch.compile``
+    for one.
     """
 
     def __init__(self, traced: Traced, first: str | None, last: str | None, wrap: Any = None) -> None:
@@ -186,7 +192,7 @@ def _build(stage: Stage, program: Program) -> _Built:
         if node.op != "get_attr" or "effect" in node.meta:
             at[node] = graph.node_copy(node, take)
     if end is None:
-        graph.output(tuple(take(node) for node in program.nodes[-1].args[0]))
+        graph.output(tuple(take(node) for node in cast(tuple[fx.Node, ...], program.nodes[-1].args[0])))
     else:
         graph.output(tuple(take(node) for node in (*live_out, *extra_out, *end.fixed)))
     # The guest stays whole under one name, so that whatever is later moved or swapped in it is seen here too.
@@ -229,7 +235,8 @@ def _prove(traced: Traced, stages: Sequence[Stage]) -> None:
         if isinstance(theirs, Tensor) and not torch.equal(torch.nan_to_num(ours), torch.nan_to_num(theirs)):
             raise CutError(
                 expected="stages that say what the untouched network says",
-                got=f"a largest difference of {(ours.double() - theirs.double()).abs().max().item():.3g}", where="split()",
+                got=f"a largest difference of {(ours.double() - theirs.double()).abs().max().item():.3g}",
+                where="split()",
                 todo="look for ops that draw random numbers in eval mode, or that write into views of their inputs",
             )
 

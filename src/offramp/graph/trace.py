@@ -1,9 +1,11 @@
 """Trace a network by running it: on what kinds of inputs it runs the same program, and what a smaller batch changes.
 
-One :class:`Program` is the graph for one kind of call: training flags, shapes beside the batch, dtypes, devices. A call of another
-kind is traced when it comes, so that control flow on sizes or on ``self.training`` needs no guess.
+One :class:`Program` is the graph for one kind of call: training flags, shapes beside the batch, dtypes, devices. A call
+of another kind is traced when it comes, so that control flow on sizes or on ``self.training`` needs no guess.
 """
 
+import copy
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,7 @@ from offramp.graph._recorder import Close, Recorder, Untraceable
 __all__ = ["Program", "Traced", "trace"]
 
 _MOST_LEAVES = 64
+_LARGE = 400_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,38 +52,46 @@ class Traced:
     """A network that has been traced, and its programs so far; made by :func:`trace`."""
 
     depends_on_batch = False
-    """Whether the network ran another program for two rows than for three: Python took the batch size out of shapes."""
+    """Whether the network ran another program for fewer rows: Python took the batch size out of shapes."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model = model
+        self.blocks = blocks_of(model)
         self._pretend = False
         self._leaves: frozenset[str] = frozenset()
         self._programs: dict[Any, Program] = {}
         self.rows = _rows(args, kwargs)
         """Rows of the example inputs."""
-        self._probe = _probe(args, kwargs, self.rows)
-        self.few = _take(self._probe, [0, 2], 3)
-        """Two rows like the example inputs."""
+        # A traced batch and some of its rows. One row is the hardest case for shapes, but also the odd one (squeeze,
+        # broadcasting), so it is taken only where a row is large and three of them would be slow.
+        large = max(t.numel() // max(self.rows, 1) for t in flat((args, kwargs))[0] if isinstance(t, Tensor)) > _LARGE
+        self.many = 2 if large else 3
+        self.kept: tuple[int, ...] = (1,) if large else (0, 2)
+        self._probe = _probe(args, kwargs, self.rows, self.many)
+        self.few = _take(self._probe, list(self.kept), self.many)
+        """Those rows of the traced batch."""
         with torch.inference_mode(False), torch.no_grad():
             many, output = self._record(*self._probe, mode=False)
             if many.watches:
-                # Python looked at data. Some libraries do not when a tracer is at work: transformers keeps its masks then.
+                # Python looked at data. Some libraries do not while a tracer works: transformers keeps its masks then.
                 self._pretend = True
                 blind, said = self._record(*self._probe, mode=False)
                 self._pretend = blind.watches < many.watches
                 many, output = (blind, said) if self._pretend else (many, output)
             fewer, _ = self._record(*self.few, mode=False)
         self.depends_on_batch = _signature(many) != _signature(fewer)
+        self.shared = _shared(many, fewer)
+        """How many nodes the programs for both batches share at their beginning and at their end."""
         with as_found(model, mode=False), torch.no_grad():
             self._programs[self._key(*self._probe)] = many
         self.program, self.fewer = many, fewer
         self.output = output
-        """What the untouched network says, in eval mode, about three rows like the example inputs."""
+        """What the untouched network says, in eval mode, about ``many`` rows like the example inputs."""
 
     def __deepcopy__(self, memo: Any) -> "Traced":
-        import copy
-
-        return Traced(copy.deepcopy(self.model, memo), *self._probe)
+        made = Traced(copy.deepcopy(self.model, memo), *self._probe)
+        made.rows = self.rows
+        return made
 
     def program_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """The program of this call; traced now if its kind is new."""
@@ -96,14 +107,17 @@ class Traced:
     def _key(self, args: Any, kwargs: Any) -> Any:
         leaves, _ = flat((args, kwargs))
         rows = _rows(args, kwargs)
-        inputs = tuple(
-            (leaf.shape[1:] if _is_batched(leaf, rows) and not self.depends_on_batch else leaf.shape, leaf.dtype, leaf.device)
-            if isinstance(leaf, Tensor) else leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)
-            for leaf in leaves
-        )
+
+        def kind(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                free = _is_batched(leaf, rows) and not self.depends_on_batch
+                return leaf.shape[1:] if free else leaf.shape, free, leaf.dtype, leaf.device
+            return leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)
+
         first = next(self.model.parameters(), None)
         return (
-            inputs, tuple(sorted(kwargs)), len(args), tuple(module.training for module in self.model.modules()),
+            tuple(map(kind, leaves)), tuple(kwargs), len(args),
+            tuple(module.training for module in self.model.modules()),
             first is not None and (first.dtype, first.device), torch.is_autocast_enabled("cpu"),
             torch.is_autocast_enabled("cuda"), torch.is_grad_enabled(),
         )
@@ -119,7 +133,7 @@ class Traced:
                     raise CutError(
                         expected="a network whose forward calls torch ops or modules",
                         got=f"an op that cannot be recorded, {hidden.op} at {hidden.where}", where="trace()",
-                        todo="move that op into a submodule of its own: it is then run as a whole, and cuts lie around it",
+                        todo="move that op into a submodule of its own: it is then run whole, and cuts lie around it",
                     ) from None
                 self._leaves |= {hidden.path}
             except OfframpError:
@@ -129,8 +143,8 @@ class Traced:
                 raise CutError(
                     expected=f"inputs on which {type(self.model).__name__} runs",
                     got=f"{type(error).__name__}: {error} for shapes {shapes}", where="trace()",
-                    todo="call the model with these inputs yourself; then pass them, as a tuple of arguments or a dict of "
-                         "keyword arguments if there are several",
+                    todo="call the model with these inputs yourself; then pass them as a tuple of arguments or a dict "
+                         "of keyword arguments",
                 ) from error
         raise CutError("trace(): too many modules with ops that cannot be recorded.")
 
@@ -138,8 +152,8 @@ class Traced:
 def trace(model: nn.Module, example_inputs: Any, *, within: str | None = None) -> Traced:
     """Trace ``model`` (or its submodule ``within``) on a tensor, a tuple of arguments or a dict of keyword arguments.
 
-    The model runs twice, in eval mode and without gradients, on three and on two rows made from the example; it is
-    left as found. CutError where its inputs have no batch, or where an op cannot be recorded.
+    The model runs twice, in eval mode and without gradients, on a small batch made from the example and on some rows of
+    that batch; it is left as found. CutError where its inputs have no batch, or where an op cannot be recorded.
     """
     args, kwargs = _arguments(example_inputs)
     if within:
@@ -204,8 +218,6 @@ def _homes(model: nn.Module, constants: Mapping[str, Any]) -> dict[str, Any]:
 def _tidy(graph: fx.Graph) -> tuple[list[fx.Node], list[int]]:
     """Drop sizes and elements that nobody uses; also says, for each old position, the new one."""
     kept = []
-    import operator
-
     for node in reversed(graph.nodes):
         idle = not node.users and "effect" not in node.meta and not node.meta.get("writes")
         droppable = node.op == "get_attr" or "value" in node.meta or node.target in (operator.getitem, getattr)
@@ -248,6 +260,43 @@ def signature_of(program: Program, node: fx.Node) -> Any:
     return (node.op, target, plain(node.args), plain(node.kwargs))
 
 
+def _shared(many: Program, fewer: Program) -> tuple[int, int]:
+    same = [signature_of(many, a) == signature_of(fewer, b) for a, b in zip(many.nodes, fewer.nodes, strict=False)]
+    prefix = same.index(False) if False in same else len(same)
+    if len(many.nodes) != len(fewer.nodes):
+        return prefix, 0  # places count from the beginning, so that nothing can be told of the end
+    return prefix, same[::-1].index(False) if False in same else len(same)
+
+
+def blocks_of(model: nn.Module) -> frozenset[str]:
+    """The repeated units: children of a container, or siblings of one class; not inside another unit, not leaves."""
+    found: set[str] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        grown = [(name, child) for name, child in module.named_children() if _has_children(child)]
+        kinds = [type(child) for _, child in grown]
+        for name, child in grown:
+            inner = f"{path}.{name}" if path else name
+            holds_units = _is_container(child) and any(map(_has_children, child.children()))
+            if not holds_units and (_is_container(module) or kinds.count(type(child)) > 1):
+                found.add(inner)
+            else:
+                walk(child, inner)
+
+    walk(model, "")
+    return frozenset(found)
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _is_container(module: nn.Module) -> bool:
+    forward = type(module).forward
+    return forward is nn.Sequential.forward or (
+        isinstance(module, nn.ModuleList | nn.ModuleDict) and forward is nn.ModuleList.forward)
+
+
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -271,13 +320,13 @@ def _is_batched(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
 
 
-def _probe(args: Any, kwargs: Any, rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Three rows made from the example: its first ones, then shifted and dimmed copies of them."""
+def _probe(args: Any, kwargs: Any, rows: int, many: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As many rows, made from the example: its first ones, then shifted and dimmed copies of them."""
     def grow(value: Any) -> Any:
         if not _is_batched(value, rows):
             return value
-        made = [value[i % rows] for i in range(3)]
-        for i in range(rows, 3):
+        made = [value[i % rows] for i in range(many)]
+        for i in range(rows, many):
             made[i] = made[i].roll(i, -1) if made[i].ndim else made[i]
             if made[i].is_floating_point():
                 made[i] = made[i] * (1 - 0.25 * i) + 0.1 * i
