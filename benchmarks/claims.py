@@ -55,8 +55,8 @@ class Sheet:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{self.name}.json"
         record = {
-            "command": "python " + " ".join([Path(sys.argv[0]).as_posix().split("benchmarks/")[-1].join(["benchmarks/", ""]),
-                                              *sys.argv[1:]]),
+            "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).as_posix().split("benchmarks/")[-1],
+                                 *sys.argv[1:]]),
             "machine": machine(), "commit": commit(), "seconds": round(time.perf_counter() - self.started, 1),
             "claims": [{**asdict(claim), "holds": claim.holds} for claim in self.claims],
         }

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from claims import Sheet  # noqa: E402
-
 import offramp  # noqa: E402
 import offramp.cost  # noqa: E402
+from claims import Sheet  # noqa: E402
 from offramp.choose import replay  # noqa: E402
 from offramp.data import cifar10  # noqa: E402
 from offramp.models import load_model  # noqa: E402
@@ -76,7 +75,7 @@ def network(args: argparse.Namespace, depth: int) -> torch.nn.Module:
 
 
 def adapt(args: argparse.Namespace, source, seed: int):
-    """Heads trained without labels, then the tables of both splits; from the work folder where they lie there already."""
+    """Heads trained without labels, then the tables of both splits; what lies in the work folder is taken."""
     folder = args.work / ("quick" if args.quick else f"seed{seed}")
     paths = [folder / "calibration", folder / "test"]
     torch.manual_seed(seed)
@@ -112,8 +111,9 @@ def show(sheet: Sheet, seed: int, fitted, reported) -> None:
     for column, name in enumerate(reported.names):
         said = reported.logits[:, column].argmax(-1)
         cost = reported.costs.macs[column] + reported.costs.head_macs[column]
-        print(f"seed {seed}  {name:<10} {float(cost) / 1e6:7.2f} M MACs  accuracy {100 * (said == reported.labels).float().mean():.2f} %"
-              f"  agrees with the network {100 * (said == own).float().mean():.2f} %")
+        right, agrees = (said == reported.labels).float().mean(), (said == own).float().mean()
+        print(f"seed {seed}  {name:<10} {float(cost) / 1e6:7.2f} M MACs  accuracy {100 * right:.2f} %"
+              f"  agrees with the network {100 * agrees:.2f} %")
     for bar, (asked, saved) in POINTS.items():
         for tolerance in ("joint", "even", "halving"):
             got = realised(fitted, reported, asked, tolerance=tolerance)
@@ -126,8 +126,8 @@ def show(sheet: Sheet, seed: int, fitted, reported) -> None:
     print(f"seed {seed}  curve: asked, planned -> realised (points lost | % of MACs saved)")
     for asked in CURVE:
         got = realised(fitted, reported, asked)
-        print(f"  {100 * asked:5.2f}  {got['planned_drop']:5.2f} | {got['planned_saved']:5.1f}  ->  {got['drop']:5.2f} | "
-              f"{got['saved']:5.1f}   {got['exits']} {got['shares']}")
+        print(f"  {100 * asked:5.2f}  {got['planned_drop']:5.2f} | {got['planned_saved']:5.1f}  ->  "
+              f"{got['drop']:5.2f} | {got['saved']:5.1f}   {got['exits']} {got['shares']}")
         sheet.add(f"seed {seed}: curve, asked {100 * asked:.2f} points, MACs saved", got["saved"], unit="%")
         sheet.add(f"seed {seed}: curve, asked {100 * asked:.2f} points, points lost", got["drop"], unit="points")
     got = realised(fitted, reported, 0.02, against="backbone")

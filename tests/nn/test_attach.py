@@ -199,3 +199,25 @@ def test_a_submodule_alone_is_cut_within_a_larger_model() -> None:
     net = offramp.attach(outer, X, exits=1, within="body").eval()
     assert net.backbone is outer.body
     assert torch.equal(net(X / 2)[-1], outer(X)[0])
+
+
+def test_a_detector_is_cut_at_its_backbone() -> None:
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+    detector = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, min_size=64, max_size=64
+    ).eval()
+    images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    with pytest.raises(HeadError, match="pass logits="):
+        offramp.attach(detector, images, within="backbone.body", exits=2)
+    net = offramp.attach(
+        detector, images, within="backbone.body", exits=2, heads=HeadSpec(), num_classes=2, task="classify"
+    ).eval()
+    maps = torch.rand(2, 3, 64, 64)
+    *said, features = net(maps)
+    assert [tuple(t.shape) for t in said] == [(2, 2), (2, 2)]
+    untouched = detector.backbone.body(maps)
+    assert list(features) == list(untouched)
+    assert all(torch.equal(features[name], untouched[name]) for name in untouched)
+    with pytest.raises(HeadError, match="holds logits"):
+        net.logits(features)

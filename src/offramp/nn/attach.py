@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from offramp.errors import HeadError
 from offramp.graph import Traced, place, sites
@@ -63,13 +64,16 @@ def attach(
     all_sites = sites(model, example_inputs, within=within)
     chosen = place(all_sites, exits)
     traced = all_sites.traced
-    output = traced.output
-    if num_classes is None or task is None:
+    output, read = traced.output, cast(Callable[[Any], Tensor] | None, logits)
+    try:
         said = logits(output)
         task = task or task_of(said)
         num_classes = num_classes or int(said.shape[1])
         out_size = _size(said) if task == "dense" else None
-    else:
+    except HeadError:
+        if num_classes is None or task is None:
+            raise
+        read = None
         largest = max((t for t in _tensors(output) if t.ndim == 4), key=lambda t: t.shape[-1], default=None)
         out_size = _size(largest) if task == "dense" and largest is not None else None
     made = {}
@@ -80,13 +84,14 @@ def attach(
             where = f"exit {site.name}{'/' + name if name else ''}"
             check_pays(_macs(head, site, where), site.macs_after, where)
         made[site.name] = candidates
-    return MultiExit(guest, traced, chosen, made, task=task, num_classes=num_classes, logits=logits)
+    return MultiExit(guest, traced, chosen, made, task=task, num_classes=num_classes, logits=read)
 
 
 def _make(heads: Any, about: Site) -> dict[str, nn.Module]:
     if isinstance(heads, Mapping) and about.site.name in heads:
         heads = heads[about.site.name]
-    elif isinstance(heads, Mapping) and any(isinstance(value, HeadSpec | ShortcutSpec | nn.Module) for value in heads.values()):
+    elif isinstance(heads, Mapping) and any(isinstance(made, HeadSpec | ShortcutSpec | nn.Module) for made in
+                                            heads.values()):
         raise HeadError(
             expected=f"heads for the site {about.site.name}", got=f"heads for {sorted(heads)}", where="attach()",
             todo="give every site its heads, or pass one HeadSpec for all",
@@ -109,7 +114,8 @@ def _module(head: Any, about: Site) -> nn.Module:
         return build_shortcut(head, about.site, about.traced, about.logits)
     if not isinstance(head, nn.Module):
         raise HeadError(
-            expected="a HeadSpec, a ShortcutSpec or an nn.Module", got=type(head).__name__, where=f"attach(), site {about.site.name}"
+            expected="a HeadSpec, a ShortcutSpec or an nn.Module", got=type(head).__name__,
+            where=f"attach(), site {about.site.name}",
         )
     return head
 
@@ -125,8 +131,6 @@ def _macs(head: nn.Module, site: ExitSite, where: str) -> int:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    from torch.utils import _pytree as pytree
-
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

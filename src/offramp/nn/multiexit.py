@@ -5,7 +5,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from offramp.errors import PlanError
+from offramp.errors import HeadError, PlanError
 from offramp.graph import Stage, State, Traced, begin, split
 from offramp.nn.output import read_logits
 from offramp.types import ExitColumn, ExitSite, Task
@@ -42,15 +42,16 @@ class MultiExit(nn.Module):
         *,
         task: Task,
         num_classes: int,
-        logits: Callable[[Any], Tensor] = read_logits,
+        logits: Callable[[Any], Tensor] | None = read_logits,
     ) -> None:
         super().__init__()
         assert list(heads) == [site.name for site in sites], "heads follow the sites"
         self.backbone = backbone
         self.task, self.num_classes, self.sites = task, num_classes, tuple(sites)
-        self.logits = logits
+        self._read = logits
         self._traced, self._stages = traced, split(traced, [site.name for site in sites])
-        columns, self._columns_at = [], []
+        columns: list[ExitColumn] = []
+        self._columns_at: list[range] = []
         self.heads = nn.ModuleDict()
         for site in self.sites:
             self._columns_at.append(range(len(columns), len(columns) + len(heads[site.name])))
@@ -79,6 +80,15 @@ class MultiExit(nn.Module):
             )
         return self.heads[head_key(column)]
 
+    def logits(self, output: Any) -> Tensor:
+        """The logits in the guest's output; HeadError where it holds none (a submodule's feature maps, say)."""
+        if self._read is None:
+            raise HeadError(
+                expected="a network whose output holds logits", got=type(output).__name__, where="net.logits()",
+                todo="pass logits= to attach; without it exits can be stepped through, but not taught by the network",
+            )
+        return self._read(output)
+
     def columns_at(self, k: int) -> range:
         """Indices of the columns that hang at site ``k``."""
         return self._columns_at[k]
@@ -100,13 +110,15 @@ class MultiExit(nn.Module):
         return after, said[0] if len(said) == 1 else tuple(said)
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Logits of every column, in order of depth; the last is the guest's own."""
-        state, said = self.begin(*args, **kwargs), []
+        """Logits of every column, by depth; the last is the guest's own (its whole output, where that holds none)."""
+        state = self.begin(*args, **kwargs)
+        said: list[Tensor] = []
         for k in range(len(self.sites)):
             after, logits = self.step(k, state)
             said.extend(logits if isinstance(logits, tuple) else (logits,))
             state = cast(State, after)
-        said.append(self.logits(self.step(len(self.sites), state)[1]))
+        output = self.step(len(self.sites), state)[1]
+        said.append(output if self._read is None else self._read(output))
         return said
 
     def extra_repr(self) -> str:

@@ -9,14 +9,13 @@ from nothing; on a frozen CIFAR ResNet-56 this start is worth more than any shap
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from offramp.errors import HeadError
 from offramp.graph import Stage, Traced, begin
-from offramp.graph.cuts import _blocks as blocks_of
 from offramp.types import ExitSite
 
 __all__ = ["ShortcutHead", "ShortcutSpec", "build_shortcut"]
@@ -55,7 +54,9 @@ class ShortcutSpec:
 class ShortcutHead(nn.Module):
     """A thinned copy of the network's tail: ``head(*frontier)`` gives logits; its weights are its own."""
 
-    def __init__(self, spec: ShortcutSpec, tail: fx.GraphModule, shapes: tuple[tuple[int, ...], ...], fixed: tuple[Any, ...]) -> None:
+    def __init__(
+        self, spec: ShortcutSpec, tail: fx.GraphModule, shapes: tuple[tuple[int, ...], ...], fixed: tuple[Any, ...]
+    ) -> None:
         super().__init__()
         self.spec, self.tail = spec, tail
         self._shapes, self._fixed = shapes, fixed
@@ -82,7 +83,7 @@ def build_shortcut(
     rows = traced.program.nodes[0].meta["shape"][0]
     costs = {node.name: node.meta.get("macs", 0) / rows for node in module.graph.nodes}
     _say_shapes(module.graph, site)
-    removable = _removable(module.graph, blocks_of(traced.model))
+    removable = _removable(module.graph, set(traced.blocks))
     keep = spec.keep
     if keep is None:
         keep = _choose(removable, costs, spec.share * site.macs_after)
@@ -91,7 +92,8 @@ def build_shortcut(
             expected=f"blocks after {site.name} that can be left out: {', '.join(removable) or 'there are none'}",
             got=", ".join(unknown), where="ShortcutSpec.keep",
         )
-    graph, at = fx.Graph(), {}
+    graph = fx.Graph()
+    at: dict[fx.Node, fx.Node] = {}
     gone: dict[fx.Node, fx.Node] = {}
     for name, (nodes, entry, exit_) in removable.items():
         if name not in keep:
@@ -108,7 +110,7 @@ def build_shortcut(
         if node in gone:
             continue
         if node.op == "output":
-            graph.output(take(node.args[0][which]))
+            graph.output(take(cast(Any, node.args[0])[which]))
         else:
             at[node] = graph.node_copy(node, take)
             if node.op in ("call_module", "get_attr"):
@@ -182,7 +184,8 @@ def _choose(removable: Mapping[str, _Block], costs: Mapping[str, float], budget:
 
 def _copies(graph: fx.Graph, module: fx.GraphModule) -> nn.Module:
     """A root that owns copies of all that the graph names, under the guest's names."""
-    root, memo = nn.Module(), {}
+    root = nn.Module()
+    memo: dict[int, Any] = {}
     for node in graph.nodes:
         if node.op not in ("call_module", "get_attr"):
             continue
