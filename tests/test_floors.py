@@ -73,4 +73,5 @@ def test_no_file_outgrows_400_lines(folder: str) -> None:
 
 
 def test_the_package_stays_small() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in SRC.rglob("*.py")) < 12_000
+    lines = [line for path in SRC.rglob("*.py") for line in path.read_text().splitlines() if line.strip()]
+    assert len(lines) < 12_000

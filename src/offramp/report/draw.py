@@ -79,7 +79,7 @@ def draw_reliability(one: Reliability, dense: bool) -> str:
     """Accuracy against confidence, before and after the temperature."""
     values = [*one.confidence, *one.accuracy, *(one.after.confidence if one.after else ())]
     low = max(0.0, math.floor((min(values) - 0.02) * 20) / 20)
-    chart = Chart((low, 1.0), (low, 1.0), width=340, height=270, x_ticks=4, y_ticks=4, title=one.name,
+    chart = Chart((low, 1.0), (low, 1.0), width=300, height=250, x_ticks=4, y_ticks=4, title=one.name,
                   x_label="mean confidence of an image" if dense else "confidence",
                   y_label="right pixels" if dense else "accuracy",
                   x_format=lambda v: percent(v, 0), y_format=lambda v: percent(v, 0))
@@ -98,7 +98,7 @@ def draw_reliability(one: Reliability, dense: bool) -> str:
 
 def draw_hit_rate(one: HitRate, quality: str) -> str:
     """Share that leaves and how right it is, against the threshold."""
-    chart = Chart((min(one.thresholds), max(one.thresholds)), (0.0, 1.0), width=340, height=270, x_ticks=4, y_ticks=5,
+    chart = Chart((min(one.thresholds), max(one.thresholds)), (0.0, 1.0), width=300, height=250, x_ticks=4, y_ticks=5,
                   x_label="threshold", y_label=f"share · {quality}", title=one.name,
                   y_format=lambda v: percent(v, 0))
     if one.chosen is not None:

@@ -146,7 +146,7 @@ def _caption(report: "Report", i: int) -> str:
     where = report.realised.names[k]
     words = f"#{i} · {escape(where)}"
     if report.scores.shape[1]:
-        words += f" · sure {percent(float(report.scores[i, min(k, report.scores.shape[1] - 1)]), 0)}"
+        words += f" · score {float(report.scores[i, min(k, report.scores.shape[1] - 1)]):.2f}"
     if test.logits is not None:
         said = int(test.logits[i, column].argmax())
         words = f"<b>{escape(names[said] if names else str(said))}</b>" + (

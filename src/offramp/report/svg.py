@@ -53,7 +53,7 @@ class Chart:
         y_format: Callable[[float], str] = "{:g}".format, x_ticks: int = 6, y_ticks: int = 5, title: str = "",
     ) -> None:
         self.x, self.y, self.width, self.height = x, y, width, height
-        self.left, self.right, self.top, self.bottom = 62, 16, 14, 46
+        self.left, self.right, self.top, self.bottom = 60, 22, 14, 46
         self.parts: list[str] = [f"<title>{escape(title)}</title>"] if title else []
         for value in ticks(*y, y_ticks):
             at = self.py(value)
