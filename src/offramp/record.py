@@ -4,7 +4,7 @@ N samples, n rows of a batch, E exits, K classes, H W space.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,8 @@ def record(
         ``labels``), or a ``Dataset``, which is then read in batches of ``batch_size``.
     split: its name in the table. A policy fitted on a split must be reported on another.
     device: where to run; the network is moved there and back. Nothing: where its parameters are.
-    latency: whether to time exits on this machine; a dict sets ``batches`` (default 1), ``repeats`` and ``budget_s``.
+    latency: whether to time exits on this machine; a dict sets ``batches`` (default ``(1,)``), and for
+        each of them ``repeats`` (15) and ``budget_s`` (5).
 
     DataError names the sample and the exit where logits are NaN or infinite, and data that is empty or does not fit.
     """
@@ -60,7 +61,7 @@ def record(
     try:
         net.to(target)
         with evaluating(net):
-            for batch in _shown(batches, loader, progress, f"recording {split}"):
+            for batch in _shown(batches, progress, f"recording {split}"):
                 collected.add(_to(batch, target))
             if collected.first is None:
                 raise DataError(expected=f"at least one sample in the split {split!r}", got="none", where="record()",
@@ -127,7 +128,8 @@ class _Collected:
         if self.labelled is None:
             self.labelled = batch.labels is not None
         if self.labelled != (batch.labels is not None):
-            raise DataError(expected="labels in every batch or in none", got="both", where=f"record(), sample {self.count}")
+            raise DataError(expected="labels in every batch or in none", got="both",
+                            where=f"record(), sample {self.count}")
         said = self.net(*batch.args, **batch.kwargs)
         self._check(said)
         if self.net.task == "classify":
@@ -196,7 +198,7 @@ class _Collected:
         return ExitTable(
             task=self.net.task, columns=self.net.columns, costs=costs, split=self.split, class_names=class_names,
             fingerprints={"model": model, "data": data, "split": f"{self.split}:{self.digest.hexdigest()[:16]}"},
-            histograms=histograms, meta=meta, **joined,  # type: ignore[arg-type]
+            histograms=histograms, meta=meta, **joined,
         )
 
 
@@ -205,7 +207,9 @@ def _costs(net: MultiExit, batch: _Batch, device: torch.device, latency: Mapping
     one = batch.rows(1)
     state: Any = net.begin(*one.args, **one.kwargs)
     total, peak = 0, 0
-    columns: dict[str, list[int]] = {name: [] for name in ("macs", "head_macs", "param_bytes", "head_param_bytes", "peak")}
+    columns: dict[str, list[int]] = {
+        name: [] for name in ("macs", "head_macs", "param_bytes", "head_param_bytes", "peak")
+    }
     for k in range(len(net.stages)):
         total += int(macs.count(net.stages[k], state).total)
         peak = max(peak, peak_bytes(net.step, k, state))
@@ -242,8 +246,8 @@ def _latency(net: MultiExit, batch: _Batch, size: int, device: torch.device, opt
             head = net.head(net.columns[c].name)
             fns[f"head {c}"] = lambda head=head, after=after: decide(head(*after.tensors))
         state = after
-    times = measure(fns, device=device, repeats=int(options.get("repeats", 20)),
-                    budget_s=float(options.get("budget_s", 20.0)))
+    times = measure(fns, device=device, repeats=int(options.get("repeats", 15)),
+                    budget_s=float(options.get("budget_s", 5.0)))
     body_50, body_95, head_50, head_95 = [], [], [], []
     for k in range(len(net.stages)):
         p50, p95 = _sum([times[f"stage {i}"] for i in range(k + 1)])
@@ -299,11 +303,11 @@ def _to(batch: Any, device: torch.device) -> _Batch:
     return _Batch(args, kwargs, move(labels) if isinstance(labels, Tensor) else None)
 
 
-def _shown(batches: Iterable[Any], loader: Any, progress: bool, what: str) -> Iterator[Any]:
+def _shown(batches: Iterable[Any], progress: bool, what: str) -> Iterator[Any]:
     if not progress:
         yield from batches
         return
     from rich.progress import track
 
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     yield from track(batches, description=what, total=total)

@@ -49,6 +49,11 @@ class Thresholds:
         if faults:
             raise OfframpError(expected="thresholds that can decide", got="; ".join(faults), where="Thresholds")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All that it looks at in a dense exit's summary: the runtime spares itself the rest."""
+        return (self.confidence,)
+
     def score(self, exit_index: int, evidence: Evidence) -> Tensor:
         """What is held against the threshold: (n,), larger is surer."""
         if evidence.logits is not None:

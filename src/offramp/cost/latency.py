@@ -1,4 +1,4 @@
-"""How long callables take, side by side: interleaved, warmed up, and without the samples that had to wait for a core."""
+"""How long callables take, side by side: interleaved, warmed up, without the samples that had to wait for a core."""
 
 import gc
 import os
@@ -15,7 +15,9 @@ import torch
 
 from offramp.errors import OfframpError
 
-__all__ = ["STEADY_ALLOCATOR", "Timing", "allocator", "describe_machine", "measure", "quiet_share", "with_steady_allocator_"]
+__all__ = [
+    "STEADY_ALLOCATOR", "Timing", "allocator", "describe_machine", "measure", "quiet_share", "with_steady_allocator_",
+]
 
 STEADY_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_TOP_PAD_": "268435456",
@@ -159,7 +161,7 @@ def allocator() -> dict[str, Any]:
 
 
 def with_steady_allocator_() -> None:
-    """Start this program again with a steady allocator, unless it has one or is not on glibc; call it first in a script.
+    """Start this program again with a steady allocator, unless it has one; call it first in a script.
 
     The process image is replaced: nothing before the call is kept, and the command line stays the same.
     """

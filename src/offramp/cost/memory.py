@@ -28,7 +28,7 @@ def param_bytes(*modules: nn.Module) -> int:
 def peak_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Largest sum of bytes of the tensors alive at once while ``fn(*args, **kwargs)`` runs, its inputs included.
 
-    Counts what PyTorch's operators return, on any device; parameters, and scratch space inside an operator, are not in it.
+    Counts what PyTorch's operators return, on any device; neither parameters nor scratch space inside an operator.
 
     >>> peak_bytes(lambda x: (x + 1).sum(), torch.zeros(1000))
     8004
@@ -42,9 +42,9 @@ def peak_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     return counter.peak
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive, self.peak = 0, 0
         self._known: dict[int, weakref.ref[Any]] = {}
 

@@ -70,7 +70,8 @@ def _counts(confidence: Tensor) -> Tensor:
     worst = confidence.flatten(1).amax(dim=1)  # NaN wins every maximum
     if bool(worst.isnan().any()):
         raise DataError(
-            expected="finite pixel logits", got=f"NaN or infinity in row {int(worst.isnan().nonzero()[0])} of the batch",
-            where="deploy", todo="look at that input, or at the exit's head.",
+            expected="finite pixel logits", where="deploy()",
+            got=f"NaN or infinity in row {int(worst.isnan().nonzero()[0])} of the batch",
+            todo="look at that input, or at the exit's head.",
         )
     return histogram(confidence)

@@ -27,6 +27,25 @@ class Build:
     channels_last: bool
     fold: bool
 
+    def convert_(self, module: nn.Module) -> nn.Module:
+        """Cast and lay out the weights."""
+        if self.dtype is not None:
+            module.to(self.dtype)
+        if self.channels_last:
+            module.to(memory_format=torch.channels_last)
+        return module
+
+    def prepare(self, inputs: Any) -> Any:
+        """Inputs, cast and laid out as the weights are."""
+        return pytree.tree_map(self._prepare, inputs) if self.dtype is not None or self.channels_last else inputs
+
+    def _prepare(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if self.channels_last and leaf.ndim == 4:
+            return leaf.to(dtype=self.dtype or leaf.dtype, memory_format=torch.channels_last)
+        return leaf if self.dtype is None else leaf.to(self.dtype)
+
     @property
     def copies(self) -> bool:
         """Whether weights change, so that they can no longer be shared with the guest."""
@@ -38,9 +57,11 @@ class Leg:
     """One merged stage, and the head at its end; the last leg has none."""
 
     stage: Stage
+    plain: Stage
+    """The same, not compiled: its work can be counted."""
     head: nn.Module | None
     extras: int
-    """How many of the stage's last values are its head's: a compiled leg says logits, and perhaps a score, in one graph."""
+    """How many of the stage's last values are its head's: a compiled leg says logits, perhaps a score, in one graph."""
     may_shrink: bool
     """Whether rows may be dropped at its end."""
     wide: torch.dtype | None
@@ -49,7 +70,7 @@ class Leg:
     """Whether inputs are marked to be of any batch size, for the compiler."""
 
     def run(self, state: State) -> tuple[State, Tensor, Tensor | None]:
-        """To the leg's end: the state there, its exit's logits, and the score of each pixel where that is compiled too."""
+        """To the leg's end: the state there, its exit's logits, and each pixel's score where that is compiled too."""
         after = self._advance(state)
         if self.extras:
             said = after.values[-self.extras :]
@@ -84,21 +105,12 @@ class Legs:
     legs: tuple[Leg, ...]
     traced: Traced
     module: nn.Module
-    dtype: torch.dtype | None
-    channels_last: bool
+    build: Build
 
     def begin(self, *args: Any, **kwargs: Any) -> State:
         """The state before the first leg, inputs cast and laid out as the weights are."""
-        if self.dtype is not None or self.channels_last:
-            args, kwargs = pytree.tree_map(self._prepare, (args, kwargs))
+        args, kwargs = self.build.prepare((args, kwargs))
         return begin(self.traced, *args, **kwargs)
-
-    def _prepare(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        if self.channels_last and leaf.ndim == 4:
-            return leaf.to(dtype=self.dtype or leaf.dtype, memory_format=torch.channels_last)
-        return leaf if self.dtype is None else leaf.to(self.dtype)
 
 
 def build_legs(net: MultiExit, exits: Sequence[str], build: Build, score: Callable[[Tensor], Tensor] | None) -> Legs:
@@ -113,28 +125,24 @@ def build_legs(net: MultiExit, exits: Sequence[str], build: Build, score: Callab
         module.eval()
     if build.fold:
         fold_batch_norms_(guest, split(net.traced, [])[0].module().graph, "guest.")
-    if build.copies:
-        kinds: dict[str, Any] = {"dtype": build.dtype} if build.dtype is not None else {}
-        if build.channels_last:
-            kinds["memory_format"] = torch.channels_last
-        for module in (guest, *heads):
-            module.to(**kinds)
+    for module in (guest, *heads):
+        build.convert_(module)
     wide = next((p.dtype for p in net.parameters()), torch.float32) if build.dtype is not None else None
-    legs = Legs((), net.traced, nn.ModuleList([guest, *heads]), build.dtype, build.channels_last)
-    args, kwargs = pytree.tree_map(legs._prepare, net.traced.few)
+    args, kwargs = build.prepare(net.traced.few)
     traced = Traced(guest, args, kwargs)
     stages = split(traced, [site.name for site in chosen])
     made = []
     for k, stage in enumerate(stages):
         last = k == len(chosen)
         head = None if last else heads[k]
-        extras = 0
+        extras, plain = 0, stage
         if build.engine == "compile":
             extras = 0 if last else 1 + (score is not None)
             live = 0 if last else len(chosen[k].live)
             stage = stage.compiled(_compiler(head, live, score, wide))
-        made.append(Leg(stage, head, extras, False if last else chosen[k].shrinkable, wide, build.engine == "compile"))
-    return replace(legs, legs=tuple(made), traced=traced)
+        may_shrink = not last and chosen[k].shrinkable
+        made.append(Leg(stage, plain, head, extras, may_shrink, wide, build.engine == "compile"))
+    return Legs(tuple(made), traced, nn.ModuleList([guest, *heads]), build)
 
 
 def _compiler(head: nn.Module | None, live: int, score: Callable[[Tensor], Tensor] | None,

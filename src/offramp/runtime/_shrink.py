@@ -46,7 +46,7 @@ class Shrinker:
         return tuple(self._known)
 
     def pays(self, stage: int, rows: int, left: int, state: State, run: Callable[[State], Any]) -> bool:
-        """Whether stage ``stage``, which ``run`` runs, should see ``left`` rows instead of the ``rows`` of ``state``."""
+        """Whether this stage, which ``run`` runs, should see ``left`` rows instead of the ``rows`` of ``state``."""
         if self.mode != "auto":
             return bool(self.mode)
         known = self._known[stage]
@@ -65,7 +65,7 @@ def measure_crossover(state: State, run: Callable[[State], Any]) -> Crossover:
         return Crossover(0.0, 1.0, 0.0)
     device = state.tensors[0].device
     half = torch.arange(rows // 2, device=device)
-    full, small = state.select(torch.arange(rows, device=device)), state.select(half)  # copies: stages may work in place
+    full, small = state.select(torch.arange(rows, device=device)), state.select(half)
     full_ms, half_ms = _least_ms(lambda: run(full), device), _least_ms(lambda: run(small), device)
     row_ms = max(0.0, (full_ms - half_ms) / (rows - rows // 2))
     copy_ms = _least_ms(lambda: state.select(half), device) / len(half)

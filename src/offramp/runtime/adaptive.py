@@ -16,7 +16,7 @@ from offramp.nn.guest import fingerprint_of
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.output import with_logits
 from offramp.runtime._evidence import Gather, gather_for
-from offramp.runtime._legs import Build, Engine, Legs, build_legs
+from offramp.runtime._legs import Build, Engine, Leg, Legs, build_legs
 from offramp.runtime._output import Assembly, rows_of
 from offramp.runtime._shrink import Crossover, Shrinker
 from offramp.types import Plan
@@ -76,7 +76,7 @@ class Adaptive(nn.Module):
         self._note(exits, count)
 
     def each(self, callback: Callable[[Answer], Any] | None, *args: Any, **kwargs: Any) -> Any:
-        """Call back with each :class:`Answer` as soon as it exists, then return the whole output, as ``forward`` does."""
+        """Call back with each :class:`Answer` as soon as it exists; returns the whole output, as ``forward`` does."""
         exits: list[tuple[Tensor | None, int]] = []
         pieces, count = self._pieces(args, kwargs)
         whole = Assembly(count)
@@ -90,7 +90,7 @@ class Adaptive(nn.Module):
 
     @property
     def last_exits(self) -> Tensor:
-        """Where each row of this thread's last finished call left (n,) int64: an index into the plan's exits and the end."""
+        """Where each row of this thread's last finished call left (n,) int64; ``len(plan.exits)`` is the end."""
         found = getattr(self._last, "exits", None)
         if found is None:
             raise OfframpError(expected="a finished call in this thread", got="none yet", where="last_exits",
@@ -166,6 +166,22 @@ class Adaptive(nn.Module):
 
     def _note(self, exits: list[tuple[Tensor | None, int]], count: int) -> None:
         self._last.exits = (exits, count)
+
+    # ---- looking inside ---------------------------------------------------------------------------------------------
+
+    @property
+    def build(self) -> Build:
+        """How it was made: engine, type, layout."""
+        return self._built.build
+
+    @property
+    def legs(self) -> tuple[Leg, ...]:
+        """The merged stages with their heads; one more than the plan has exits."""
+        return self._legs
+
+    def begin(self, *args: Any, **kwargs: Any) -> State:
+        """The state before the first leg, for a call ``fast(*args, **kwargs)``."""
+        return self._built.begin(*args, **kwargs)
 
     # ---- being a module -----------------------------------------------------------------------------------------
 
@@ -258,7 +274,7 @@ def _check_plan(net: MultiExit, plan: Plan) -> None:
             faults.append(f"exits {list(plan.exits)}, not in order of depth with one a site")
     made_for = plan.fingerprints.get("model")
     if not faults and made_for and made_for != fingerprint_of(net):
-        faults.append(f"network {made_for}, this one is {fingerprint_of(net)}: other weights, other heads or another model")
+        faults.append(f"network {made_for}, this one is {fingerprint_of(net)}: other weights or another model")
     if faults:
         raise PlanError(expected="a plan for this network", got="; ".join(faults), where="deploy()",
                         todo="record this network and search a plan on that table.")

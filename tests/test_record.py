@@ -1,0 +1,136 @@
+"""record: what stands in the table is what the network says, sample by sample."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import offramp
+from offramp.errors import DataError
+from offramp.functional.confidence import top
+from runtime.nets import classifier, images, segmenter
+
+LABELS = torch.arange(10) % 5
+
+
+def batches(x: Tensor, size: int, labels: Tensor | None = None) -> list[Any]:
+    return [x[i : i + size] if labels is None else (x[i : i + size], labels[i : i + size])
+            for i in range(0, len(x), size)]
+
+
+def test_logits_and_labels_are_kept_whatever_the_batches() -> None:
+    net, x = classifier(), images(10)
+    table = offramp.record(net, batches(x, 4, LABELS), latency=False)
+    with torch.no_grad():
+        wanted = torch.stack(net.eval()(x), dim=1)
+    assert torch.allclose(table.logits, wanted, atol=1e-6) and torch.equal(table.labels, LABELS)
+    assert table.names == ("one", "two", "final") and table.split == "calibration"
+    other = offramp.record(net, batches(x, 7), latency=False, split="test")
+    assert other.labels is None and not other.has_labels
+    assert {k: v for k, v in other.fingerprints.items() if k != "split"} == {
+        k: v for k, v in table.fingerprints.items() if k != "split"}
+    same = offramp.record(net, batches(x, 3), latency=False)
+    assert same.fingerprints == table.fingerprints, "the size of a batch is not part of the data"
+    less = offramp.record(net, batches(x[:9], 4), latency=False)
+    assert less.fingerprints["split"] != table.fingerprints["split"]
+
+
+@pytest.mark.parametrize("form", ["dataset", "loader", "dict"])
+def test_any_source_of_batches(form: str) -> None:
+    net, x = classifier(), images(10)
+    data = TensorDataset(x, LABELS)
+    source: Any = {"dataset": data, "loader": DataLoader(data, batch_size=4),
+                   "dict": [{"x": x[:6], "labels": LABELS[:6]}, {"x": x[6:], "labels": LABELS[6:]}]}[form]
+    table = offramp.record(net, source, latency=False)
+    assert len(table) == 10 and torch.equal(table.labels, LABELS)
+
+
+def test_the_network_comes_back_as_found_and_one_weight_changes_its_fingerprint() -> None:
+    net, x = classifier(), images(10)
+    net.train()
+    net.backbone.two.eval()
+    modes, state = [m.training for m in net.modules()], {k: v.clone() for k, v in net.state_dict().items()}
+    first = offramp.record(net, [x], latency=False)
+    assert modes == [m.training for m in net.modules()]
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    with torch.no_grad():
+        net.backbone.last.bias[3] += 1e-3
+    assert offramp.record(net, [x], latency=False).fingerprints["model"] != first.fingerprints["model"]
+
+
+def test_dense_matrices_against_brute_force() -> None:
+    net, x = segmenter(), images(5, 16)
+    labels = (images(5, 16)[:, 0] > 0).long()
+    labels[:, :3] = 255
+    table = offramp.record(net, batches(x, 2, labels), latency=False, class_names=list("abcd"))
+    with torch.no_grad():
+        said = torch.stack(net.eval()(x), dim=1)
+    predicted = said.argmax(2)
+    for n in range(5):
+        for e in range(3):
+            matrix, against = torch.zeros(4, 4), torch.zeros(4, 4)
+            for truth, guess, final in zip(labels[n].flatten(), predicted[n, e].flatten(), predicted[n, 2].flatten(),
+                                           strict=True):
+                against[final, guess] += 1
+                if truth != 255:
+                    matrix[truth, guess] += 1
+            assert torch.equal(table.confusion[n, e].float(), matrix)
+            assert torch.equal(table.agreement_confusion[n, e].float(), against)
+            assert table.agreement[n, e, 0] == (predicted[n, e] == predicted[n, 0]).double().mean().float()
+            bins = (top(said[n, e][None]) * 1024).long().clamp(max=1023).flatten()
+            assert (table.histograms["top"][n, e] - torch.bincount(bins, minlength=1024)).abs().sum() <= 2
+    assert torch.allclose(table.probs, said.softmax(2).mean((3, 4)), atol=1e-6) and table.class_names == tuple("abcd")
+    assert offramp.record(net, [x], latency=False).confusion is None
+
+
+def test_costs_are_counted_as_another_counter_counts_them() -> None:
+    net, x = classifier(), images(6)
+    costs = offramp.record(net, [x], latency={"batches": (1, 4), "repeats": 3, "budget_s": 1}).costs
+    x = x[:1]
+    with torch.no_grad():
+        net.eval()
+        for k, part in enumerate((lambda: net.backbone.one(x), lambda: net.backbone.two(net.backbone.one(x)),
+                                  lambda: net.backbone(x))):
+            with FlopCounterMode(display=False) as counter:
+                part()
+            assert costs.macs[k] == counter.get_total_flops() // 2
+    assert costs.head_macs == (8 * 5, 16 * 5, 0)
+    assert costs.param_bytes[0] < costs.param_bytes[1] < costs.param_bytes[2]
+    assert costs.head_param_bytes == (4 * (8 * 2 + 8 * 5 + 5), 4 * (16 * 2 + 16 * 5 + 5), 0)
+    assert 0 < costs.peak_bytes[0] <= costs.peak_bytes[1] <= costs.peak_bytes[2]
+    assert [one.batch for one in costs.latency] == [1, 4]
+    for one in costs.latency:
+        assert 0 < one.backbone_p50_ms[0] < one.backbone_p50_ms[1] < one.backbone_p50_ms[2]
+        assert all(a <= b for a, b in zip(one.backbone_p50_ms, one.backbone_p95_ms, strict=True))
+        assert one.head_p50_ms[0] > 0 == one.head_p50_ms[-1] and one.dense_p50_ms > 0
+    assert len(costs.path([0, 1, 2], "latency_ms", batch=4)) == 3
+
+
+def test_nan_names_the_sample_and_the_exit() -> None:
+    net, x = classifier(), images(10)
+    x[7, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match=r"sample 7, exit 'one'"):
+        offramp.record(net, batches(x, 4), latency=False)
+    net, x = classifier(), images(10)
+    with torch.no_grad():
+        net.head("two").last[-1].bias.fill_(float("inf"))
+    with pytest.raises(DataError, match=r"sample 0, exit 'two'"):
+        offramp.record(net, [x], latency=False)
+
+
+@pytest.mark.parametrize(("source", "match"), [
+    ([], "at least one sample"), ([images(0)], "at least one sample"), (images(3), "a loader"), (7, "a loader"),
+    ([()], "empty tuple"), ([(images(4), LABELS[:4]), images(4)], "every batch or in none"),
+    ([(images(4), LABELS[:3])], r"labels \(4,\)"),
+])
+def test_data_that_cannot_be_recorded(source: Any, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        offramp.record(classifier(), source, latency=False)
+
+
+def test_dense_labels_of_another_size_are_refused() -> None:
+    with pytest.raises(DataError, match="nearest"):
+        offramp.record(segmenter(), [(images(2, 16), torch.zeros(2, 8, 8, dtype=torch.long))], latency=False)
