@@ -5,6 +5,7 @@ Axes: N samples, C channels, H W space, K classes.
 
 from typing import final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,7 +59,10 @@ class SceneSegmenter(nn.Module):
 
 @final
 class SceneClassifier(nn.Module):
-    """(N, 3, H, W) -> logits (N, K): three stages of three residual blocks after a strided stem, then the mean."""
+    """(N, 3, H, W) -> logits (N, K): three stages of three residual blocks after a strided stem, then mean and maximum.
+
+    The maximum finds the one object that counts; with the mean alone training took twice as long to get going.
+    """
 
     def __init__(self, num_classes: int = 8) -> None:
         super().__init__()
@@ -66,11 +70,12 @@ class SceneClassifier(nn.Module):
         self.stage1 = nn.Sequential(Residual(16, 24, stride=2), Residual(24, 24), Residual(24, 24))
         self.stage2 = nn.Sequential(Residual(24, 64, stride=2), Residual(64, 64), Residual(64, 64))
         self.stage3 = nn.Sequential(Residual(64, 128, stride=2), Residual(128, 128), Residual(128, 128))
-        self.classifier = nn.Linear(128, num_classes)
+        self.classifier = nn.Linear(2 * 128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.stage3(self.stage2(self.stage1(self.stem(x))))
-        return self.classifier(features.mean((2, 3)))  # type: ignore[no-any-return]
+        pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
+        return self.classifier(pooled)  # type: ignore[no-any-return]
 
 
 def scenes_dense(num_classes: int = 11) -> SceneSegmenter:
