@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
     whole = file.read_bytes()
     if damage == "other kind":
         from safetensors.torch import save_file
-        save_file({"a": torch.zeros(1)}, file)
+        save_file({"a": torch.zeros(1)}, file, metadata={"type": "weights", "version": "1"})
     else:
         file.write_bytes({"cut": whole[:-10], "garbage": b"x" * 100,
                           "future": whole.replace(b'"version":"1"', b'"version":"9"', 1)}[damage])

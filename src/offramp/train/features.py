@@ -92,7 +92,10 @@ class Features:
 
 def _take(tensor: Tensor, rows: Tensor) -> Tensor:
     taken = tensor.index_select(0, rows)
-    return taken.float() if taken.is_floating_point() else taken
+    if not taken.is_floating_point():
+        return taken
+    # Convolutions and norms of narrow maps are up to half as fast again with channels last.
+    return taken.float().contiguous(memory_format=torch.channels_last) if taken.ndim == 4 else taken.float()
 
 
 def frontiers(net: "MultiExit", batch: Batch) -> tuple[list[tuple[Tensor, ...]], Tensor]:

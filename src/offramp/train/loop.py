@@ -40,6 +40,7 @@ def fit(
     run_dir: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: Literal["bf16"] | None = None,
+    engine: Literal["eager", "compile"] = "eager",
     accumulate: int = 1,
     resume: bool = True,
     validate: Any = None,
@@ -53,6 +54,7 @@ def fit(
         a recipe without labels, labels in there are dropped unread.
     run_dir: where features, ``checkpoint.safetensors`` and ``log.jsonl`` go; without it nothing is kept, nor resumed.
     precision: ``bf16`` runs the training passes in mixed precision; features and teacher are computed in fp32.
+    engine: ``compile`` hands the training pass to ``torch.compile``; it pays when training takes minutes.
     accumulate: batches of one optimiser step.
     resume: go on from the checkpoint in run_dir, at the step after it; the end is that of an unbroken run.
     validate: data to measure each exit on after every epoch, or a function of the network that returns a dict.
@@ -71,6 +73,7 @@ def fit(
             f"checkpoint_every >= 1, not {checkpoint_every}": checkpoint_every < 1,
             f"cache_bytes >= 0, not {cache_bytes}": cache_bytes < 0,
             f"precision None or 'bf16', not {precision!r}": precision not in (None, "bf16"),
+            f"engine 'eager' or 'compile', not {engine!r}": engine not in ("eager", "compile"),
             f"{_trained(net, recipe)} weights, not {recipe.weights}":
                 recipe.weights is not None and len(recipe.weights) != _trained(net, recipe),
         }.items() if wrong
@@ -89,7 +92,8 @@ def fit(
         net.to(accelerator.device)
         set_modes(net, recipe)
         folder = run_folder(run_dir, stack, accelerator)
-        run = _Run(net, recipe, accelerator, run_dir=None if run_dir is None else folder, accumulate=accumulate)
+        run = _Run(net, recipe, accelerator, run_dir=None if run_dir is None else folder, accumulate=accumulate,
+                   engine=engine)
         run.identify(source)
         if resume and run.finished():
             return restore(net, folder)
@@ -153,6 +157,7 @@ class _Run:
     accelerator: Any
     run_dir: Path | None
     accumulate: int
+    engine: str = "eager"
     notes: list[str] = field(default_factory=list)
     step: int = 0
     epochs: list[EpochRecord] = field(default_factory=list)
@@ -190,7 +195,9 @@ class _Run:
             optimiser = torch.optim.AdamW(groups, lr=recipe.lr)
         else:
             optimiser = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-        self.model, self.optimiser = self.accelerator.prepare(self.trainee, optimiser)
+        # Batches come in two sizes, the last one of an epoch being smaller: two static graphs beat one dynamic.
+        trainee = torch.compile(self.trainee, dynamic=False) if self.engine == "compile" else self.trainee
+        self.model, self.optimiser = self.accelerator.prepare(trainee, optimiser)
         self.mean = {n: p.detach().clone() for n, p in parameters.items()} if recipe.ema else {}
         self.sums = torch.zeros(2 + 3 * len(self.columns), dtype=torch.float64)
         self.steps_an_epoch = source.steps(self.accumulate)

@@ -37,9 +37,9 @@ def _forward(norm: _BatchNorm, x: Tensor) -> Tensor:
     shape = [1, -1, *[1] * (x.ndim - 2)]
     count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
     dist.all_reduce(count)
-    mean: Tensor = all_reduce(wide.sum(axes)) / count  # type: ignore[no-untyped-call]
+    mean: Tensor = all_reduce(wide.sum(axes)) / count
     centred = wide - mean.view(shape)
-    var: Tensor = all_reduce(centred.square().sum(axes)) / count  # type: ignore[no-untyped-call]
+    var: Tensor = all_reduce(centred.square().sum(axes)) / count
     if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
         with torch.no_grad():
             norm.num_batches_tracked += 1

@@ -254,7 +254,7 @@ class _Tried:
                     group["lr"] = recipe.lr_at(step, steps)
                 frontier = [t.to(self.device) for t in batch.args[0]]
                 loss = kl_to_teacher(head(*frontier), batch.teacher.to(self.device), recipe.temperature)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
                 optimiser.zero_grad()
                 step += 1
