@@ -10,6 +10,7 @@ here, before anything is seen. Runs are resumable: features, heads and tables st
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import offramp  # noqa: E402
 import offramp.cost  # noqa: E402
 from claims import Sheet  # noqa: E402
-from offramp.choose import replay  # noqa: E402
 from offramp.data import cifar10  # noqa: E402
 from offramp.models import load_model  # noqa: E402
 from offramp.nn.shortcut import ShortcutSpec  # noqa: E402
@@ -51,10 +51,10 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=Path("../shared/data"))
     options.add_argument("--work", type=Path, default=Path("runs/label_free"), help="features, heads and tables")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--epochs", type=int, default=24)
-    options.add_argument("--views", type=int, default=6)
+    options.add_argument("--epochs", type=int, default=16)
+    options.add_argument("--views", type=int, default=4)
     options.add_argument("--device", default="cpu")
-    options.add_argument("--quick", action="store_true", help="one seed, two epochs: checks the path, not the figures")
+    options.add_argument("--quick", action="store_true", help="one seed, few images: checks the path, not the figures")
     args = options.parse_args()
     if args.quick:
         args.seeds, args.epochs, args.views = 1, 2, 2
@@ -80,12 +80,16 @@ def adapt(args: argparse.Namespace, source, seed: int):
     paths = [folder / "calibration", folder / "test"]
     torch.manual_seed(seed)
     net = offramp.attach(network(args, 56), torch.randn(4, 3, 32, 32), exits=list(HEADS), heads=HEADS)
-    recipe = offramp.recipes.label_free(
-        epochs=args.epochs, temperature=2.0, lr=3e-3, views=args.views, augment=flip_shift_mix, batch_size=128,
-        ema=0.998, seed=seed,
+    recipe = replace(
+        offramp.recipes.label_free(epochs=args.epochs, temperature=2.0, lr=0.05, views=args.views,
+                                   augment=flip_shift_mix, batch_size=128, weight_decay=5e-4, seed=seed),
+        optimiser="sgd",
     )
     images = source.split("train+unlabelled", labels=False)
-    offramp.fit(net, images, recipe, run_dir=folder / "train", device=args.device, cache_bytes=20 * 2**30)
+    if args.quick:
+        images = torch.utils.data.Subset(images, range(22_000, 24_000))
+    offramp.fit(net, images, recipe, run_dir=folder / "train", device=args.device, engine="compile",
+                cache_bytes=20 * 2**30)
     if not all(path.exists() for path in paths):
         for path, split in zip(paths, ("calibration", "test"), strict=True):
             offramp.record(net, source.split(split), split=split, device=args.device, latency=False).save(path)
@@ -95,7 +99,7 @@ def adapt(args: argparse.Namespace, source, seed: int):
 def realised(fitted, reported, asked: float, **how) -> dict:
     """Search on calibration, obey on test: what is saved and what is lost, heads counted."""
     plan = offramp.search(fitted, max_drop=asked, minimise="macs", **how)
-    seen = replay(reported, plan)
+    seen = offramp.replay(reported, plan)
     assert not seen.notes, seen.notes
     return {
         "asked": asked, "exits": list(plan.exits), "shares": [round(share, 3) for share in seen.shares],
