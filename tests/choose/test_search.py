@@ -78,6 +78,23 @@ def test_candidates_of_one_site_exclude_each_other() -> None:
         assert problem.run(choice)[1] <= brute(problem, allowed) * 1.005
 
 
+def test_many_candidate_heads_are_searched_without_all_subsets() -> None:
+    table = classify(200, 15, 5)
+    heads = (ExitColumn(name=f"s{e // 3}/{e}", site=f"s{e // 3}", head=str(e)) for e in range(15))
+    columns = (*heads, table.columns[-1])
+    few, many = replace(table, columns=columns), table
+    for tolerance in ("even", "halving"):
+        all_of = search(few, max_drop=0.05, tolerance=tolerance)  # 4 ^ 5 subsets
+        grown = search(many, max_drop=0.05, tolerance=tolerance)  # 2 ^ 15
+        assert all_of.exits and grown.exits and grown.predicted["drop"] <= 0.05
+        sites = [table.index(f"block{few.index(name)}") // 3 for name in all_of.exits]
+        assert len(set(sites)) == len(sites)
+    plan = search(many, max_drop=0.05, max_exits=2, tolerance="even")
+    assert 0 < len(plan.exits) <= 2
+    started = time.process_time()
+    assert search(many, max_drop=0.05).exits and time.process_time() - started < 20
+
+
 def test_max_exits_is_kept() -> None:
     table = classify(300, 5, 5)
     for tolerance in ("joint", "halving", "even"):

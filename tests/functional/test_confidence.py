@@ -52,6 +52,11 @@ def test_extremes(name: str) -> None:
     assert confidence(torch.zeros(0, 3)).shape == (0,)
 
 
+def test_rounding_never_leaves_0_and_1() -> None:
+    for classes in range(2, 200):
+        assert 0 <= entropy(torch.zeros(1, classes)).item() < 1e-6
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_half_precision_is_scored_in_float32(name: str) -> None:
     logits = torch.randn(8, 10).bfloat16()
