@@ -33,8 +33,10 @@ def test_dense_by_name_fetch_nothing_unasked() -> None:
     ("smp:Unet?encoder_name=resnet19", "resnet18"), ("offramp:cifar_resnet5", "cifar_resnet56"),
     ("cifar_resnet56", "offramp:cifar_resnet56"), ("resnet50", "torchvision:resnet50"), ("hf:", "add the name"),
     ("torchvision:resnet18?weights=IMAGENET1K", "IMAGENET1K_V1"), ("timm:resnet50?weights=a1_in1", "a1_in1k"),
-    ("torchvision:resnet18?bogus=3", "bogus"), ("hf:x?trust_remote_code=true", "never runs code"),
-    ("hf:x?task=image-classify", "image-classification"), ("torch.nn:Linar", "Linear"), ("math:sqrt?x=2", "x=2"),
+    ("torchvision:resnet18?bogus=3", "with weights=None, bogus=3, but"),
+    ("hf:x?trust_remote_code=true", "never runs code"),
+    ("hf:x?task=image-classify", "image-classification"), ("torch.nn:Linar", "Linear"),
+    ("math:sqrt?x=2", "with x=2, but"),
     ("nope.mod:thing", "importable module 'nope.mod'"),
     ("offramp:scenes_dense?weights=best", "offramp ships no weights"),
     ("builtins:dict", "an nn.Module"),
@@ -66,16 +68,22 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 
 class Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, (Path("/tmp/offramp-bomb-went-off"),))  # type: ignore[return-value]
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.target,)
 
 
 def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
-    Path("/tmp/offramp-bomb-went-off").unlink(missing_ok=True)
-    torch.save({"x": Bomb()}, tmp_path / "w.pth")
+    torch.save({"x": Bomb(tmp_path / "went-off")}, tmp_path / "w.pth")
     with pytest.raises(OfframpError, match="files that need code to be run are refused"):
         load_model(SMALL, weights=str(tmp_path / "w.pth"))
-    assert not Path("/tmp/offramp-bomb-went-off").exists()
+    assert not (tmp_path / "went-off").exists()
+    torch.load(tmp_path / "w.pth", weights_only=False)
+    assert (tmp_path / "went-off").exists()  # so the file was armed
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
