@@ -100,6 +100,15 @@ def test_categories_add_up_to_who_left() -> None:
     assert categories(tables.classify(labels=False), plan_of(table), done.exit_index.numpy()) == ()
 
 
+def test_dense_categories_by_hand() -> None:
+    table = tables.dense()
+    right = table.confusion.diagonal(dim1=2, dim2=3).sum(2)  # of the 400 pixels of an image: 0.4 is a tenth of a point
+    more = (right[:, 2] - right[:, -1]).numpy()
+    one = categories(table, plan_of(table), np.full(len(table), 2))[2]
+    assert (one.helped, one.hurt) == ((more > 0.4).sum(), (more < -0.4).sum())
+    assert one.left > one.hurt > 0, "or the test shows nothing"
+
+
 def test_scores_are_the_policys_own() -> None:
     table = tables.classify()
     plan = plan_of(table, temperatures=(2.0, 1.0, 0.5))
