@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from zoo import LIBRARY, ZOO, Animal
 
 from offramp.graph import Sites, State, begin, place, sites, split
+from zoo import LIBRARY, ZOO, Animal
 
 ALL_SITES = os.environ.get("OFFRAMP_ALL_SITES") == "1"
 

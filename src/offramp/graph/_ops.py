@@ -1,5 +1,6 @@
 """What the recorder knows of torch: which calls are sizes, which hand data to Python, which modules are one node."""
 
+import functools
 import operator
 import sys
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from offramp.errors import CutError
 from offramp.graph._guest import flat
 
 __all__ = [
-    "DATA_READS", "OPERATORS", "SIZES", "attribute", "autocast", "fingerprint", "has_storage", "holds_tensor",
-    "is_leaf", "same_as_traced", "where_of",
+    "DATA_READS", "OPERATORS", "SIZES", "applier", "attribute", "autocast", "fingerprint", "has_storage",
+    "holds_tensor", "is_leaf", "same_as_traced", "where_of",
 ]
 
 CONTAINERS = (
@@ -39,6 +40,16 @@ OPERATORS: dict[str, tuple[Callable[..., Any], bool]] = {
     **{f"__r{n}__": (getattr(operator, n), True)
        for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")},
 }
+
+
+@functools.cache
+def applier(function: type) -> Callable[..., Any]:
+    """``function.apply`` as one object that a graph can name and two traces share."""
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return function.apply(*args, **kwargs)  # type: ignore[attr-defined]
+
+    apply.__name__ = apply.__qualname__ = f"{function.__name__}_apply"
+    return apply
 
 
 def same_as_traced(value: Any, expected: Any, where: str) -> None:

@@ -8,6 +8,7 @@ nodes too.
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,27 +19,17 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from offramp.cost.macs import MacCounter
+from offramp.graph import _ops
 from offramp.graph._guest import flat, version
 from offramp.graph._numbers import TracedFloat, TracedInt, traced_number
-from offramp.graph._ops import (
-    DATA_READS,
-    OPERATORS,
-    SIZES,
-    attribute,
-    autocast,
-    fingerprint,
-    has_storage,
-    holds_tensor,
-    is_leaf,
-    same_as_traced,
-    where_of,
-)
+from offramp.graph._ops import DATA_READS, OPERATORS, SIZES, same_as_traced, where_of
 
 __all__ = ["Close", "Recorder", "Untraceable"]
 
 _NODE = "_offramp_node"
 _original_call = nn.Module.__call__
 _original_setattr = nn.Module.__setattr__
+_original_apply = vars(torch.autograd.Function)["apply"]
 
 
 class Untraceable(Exception):
@@ -71,6 +62,8 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.rows, self.active = rows, False
         self.watches = 0
+        self.hidden: Untraceable | None = None
+        """Kept here too: TorchScript's interpreter lets no exception of ours through."""
         self._thread = threading.get_ident()
         self._pretend = pretend
         self.graph = fx.Graph()
@@ -88,7 +81,7 @@ class Recorder(TorchFunctionMode):
         self._busy = False  # inside an op that is one node: what happens there is its own affair
         self._counter = _Counter(self)
         self._exits = ExitStack()
-        self._autocast, self._grad = autocast(), torch.is_grad_enabled()
+        self._autocast, self._grad = _ops.autocast(), torch.is_grad_enabled()
 
     # -- entering and leaving
 
@@ -101,8 +94,12 @@ class Recorder(TorchFunctionMode):
         def assign(module: nn.Module, name: str, value: Any) -> None:
             recorder.assign(module, name, value)
 
+        def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+            return recorder.apply(function, args, kwargs)
+
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__setattr__ = assign  # type: ignore[method-assign, assignment]
+        self._exits.enter_context(patch.object(torch.autograd.Function, "apply", classmethod(apply)))
         if self._pretend:
             self._exits.enter_context(patch.object(torch.jit, "is_tracing", lambda: True))
         self._exits.enter_context(self._counter)
@@ -147,15 +144,15 @@ class Recorder(TorchFunctionMode):
             self._busy = False
         written = [t for t, seen in zip(tensors, versions, strict=True) if version(t) != seen]
         results = flat(out)[0]
-        if name in SIZES or (name == "__get__" and attribute(func) == "shape"):
+        if name in SIZES or (name == "__get__" and _ops.attribute(func) == "shape"):
             return self._size(name, args, out)
         if not written and not any(isinstance(leaf, Tensor) for leaf in results):
             return out
         if name == "__set__" or name == "__delete__":
-            node = self._node("call_function", setattr, (self.argument(args[0]), attribute(func),
+            node = self._node("call_function", setattr, (self.argument(args[0]), _ops.attribute(func),
                                                          self.argument(args[1])), {})
         elif name == "__get__":
-            node = self._node("call_function", getattr, (self.argument(args[0]), attribute(func)), {})
+            node = self._node("call_function", getattr, (self.argument(args[0]), _ops.attribute(func)), {})
         else:
             assert arguments is not None
             node = self._call(func, name, *arguments)
@@ -167,7 +164,7 @@ class Recorder(TorchFunctionMode):
         path = self._paths.get(id(module))
         if self._busy or path is None or not self.active or threading.get_ident() != self._thread:
             return _original_call(module, *args, **kwargs)
-        if path not in self._leaves and not is_leaf(module):
+        if path not in self._leaves and not _ops.is_leaf(module):
             self._stack.append(path)
             try:
                 out = _original_call(module, *args, **kwargs)
@@ -175,19 +172,34 @@ class Recorder(TorchFunctionMode):
                 self._stack.pop()
             self._close(path, out, leaf=False)
             return out
+        out = self._whole("call_module", f"guest.{path}" if path else "guest",
+                          lambda: _original_call(module, *args, **kwargs), args, kwargs)
+        self._close(path, out, leaf=True)
+        return out
+
+    def apply(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """What ``torch.autograd.Function.apply`` does meanwhile: one node, or its own backward would be lost."""
+        def original() -> Any:
+            return _original_apply.__get__(None, function)(*args, **kwargs)
+
+        if self._busy or not self.active or threading.get_ident() != self._thread:
+            return original()
+        return self._whole("call_function", _ops.applier(function), original, args, kwargs)
+
+    def _whole(self, op: str, target: Any, run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """Run something as one node, whatever happens inside."""
         arguments = self.argument(tuple(args)), self.argument(dict(kwargs))
         tensors = [leaf for leaf in flat((args, kwargs))[0] if isinstance(leaf, Tensor)]
         versions = [version(tensor) for tensor in tensors]
         before, self._busy = self._counter.total, True
         try:
             with torch._C.DisableTorchFunction():
-                out = _original_call(module, *args, **kwargs)
+                out = run()
         finally:
             self._busy = False
-        node = self._node("call_module", f"guest.{path}" if path else "guest", *arguments)
+        node = self._node(op, target, *arguments)
         written = [t for t, seen in zip(tensors, versions, strict=True) if version(t) != seen]
         self._done(node, tensors, written, out, self._counter.total - before)
-        self._close(path, out, leaf=True)
         return out
 
     def assign(self, module: nn.Module, name: str, value: Any) -> None:
@@ -254,7 +266,7 @@ class Recorder(TorchFunctionMode):
         return self._node("get_attr", name, (), {})
 
     def _node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        if autocast() != self._autocast:
+        if _ops.autocast() != self._autocast:
             raise Untraceable(self._stack[-1], "an op under an autocast of the network's own", where_of())
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta.update(where=where_of(), path=self._stack[-1], macs=0, writes=())
@@ -272,27 +284,27 @@ class Recorder(TorchFunctionMode):
         """Name the results of an op, and note what it read, wrote and cost."""
         node.meta["macs"] = macs
         node.meta["writes"] = tuple(self._node_of(tensor) for tensor in written)
-        roots = {t.untyped_storage()._cdata: self._node_of(t).meta.get("root") for t in tensors if has_storage(t)}
+        roots = {t.untyped_storage()._cdata: self._node_of(t).meta.get("root") for t in tensors if _ops.has_storage(t)}
         self._unpack(node, out, roots)
 
     def _unpack(self, node: fx.Node, out: Any, roots: dict[int, Any]) -> None:
         if isinstance(out, Tensor):
-            if has_storage(out):
+            if _ops.has_storage(out):
                 node.meta["root"] = roots.get(out.untyped_storage()._cdata) or node
             self._name(out, node)
         elif isinstance(out, tuple | list):
             for index, item in enumerate(out):
-                if holds_tensor(item):
+                if _ops.holds_tensor(item):
                     part = self._node("call_function", OPERATORS["__getitem__"][0], (node, index), {})
                     self._unpack(part, item, roots)
         elif isinstance(out, dict):
             for key, item in out.items():
-                if holds_tensor(item):
+                if _ops.holds_tensor(item):
                     part = self._node("call_function", OPERATORS["__getitem__"][0], (node, key), {})
                     self._unpack(part, item, roots)
         elif hasattr(out, "__dataclass_fields__"):
             for key in out.__dataclass_fields__:
-                if holds_tensor(getattr(out, key)):
+                if _ops.holds_tensor(getattr(out, key)):
                     part = self._node("call_function", getattr, (node, key), {})
                     self._unpack(part, getattr(out, key), roots)
 
@@ -300,7 +312,7 @@ class Recorder(TorchFunctionMode):
         node.meta.setdefault("root", node)
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         if self.rows:
-            node.meta["print"] = fingerprint(tensor) if tensor.shape[:1] == (self.rows,) else None
+            node.meta["print"] = _ops.fingerprint(tensor) if tensor.shape[:1] == (self.rows,) else None
         if id(tensor) not in self._state:
             setattr(tensor, _NODE, (self, node))
 
@@ -355,11 +367,12 @@ class Recorder(TorchFunctionMode):
         self.closes.append(Close(path, call, len(self.graph.nodes), nodes, leaf))
 
     def untracked(self, func: Any, args: Any, kwargs: Any) -> None:
-        """An aten op ran outside any node: an autograd function or a scripted one. Its module must become a leaf."""
+        """An aten op ran outside any node, in a scripted function for one. Its module must become a leaf."""
         if self._busy or not self.active:
             return
         if any(isinstance(leaf, Tensor) and self._known(leaf) is not None for leaf in flat((args, kwargs))[0]):
-            raise Untraceable(self._stack[-1], str(func), where_of())
+            self.hidden = Untraceable(self._stack[-1], str(func), where_of())
+            raise self.hidden
 
 
 class _Counter(MacCounter):

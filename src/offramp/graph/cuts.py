@@ -182,7 +182,7 @@ def cut_at(traced: Traced, program: Program, position: int) -> Cut | None:
     rowwise: list[fx.Node] = []
     fixed: list[fx.Node] = []
     again: list[fx.Node] = []
-    why = ""
+    why = _burnt(traced, position) if program is reference else ""
     for node in live:
         twin = node if program is reference else None
         if "shape" in node.meta:
@@ -203,7 +203,7 @@ def cut_at(traced: Traced, program: Program, position: int) -> Cut | None:
     if not rowwise or any(roots.count(root) > 1 and root in written for root in roots):
         return None
     if program is reference and not why:
-        why = _after(traced, position)
+        why = _mixed(traced)
     return Cut(position, tuple(rowwise), tuple(fixed), tuple(again), why)
 
 
@@ -259,23 +259,26 @@ def _number(traced: Traced, program: Program, node: fx.Node) -> tuple[bool, str]
                    f"for {m}; read it from a tensor after the cut instead")
 
 
-def _after(traced: Traced, position: int) -> str:
-    """Why dropping rows at a position would change the rest, found in the outputs of the two traces."""
-    many = traced.program
-    prefix, suffix = traced.shared
-    if position < len(many.nodes) - suffix:
-        node = many.nodes[min(prefix, len(many.nodes) - 1)]
-        if any(n.target is same_as_traced for n in many.nodes[max(prefix - 2, 0):prefix + 2]):
-            return (f"{node.name} ({node.meta.get('where', '?')}): Python decides on the values of tensors there; "
-                    "use torch.where")
-        return (f"{node.name} ({node.meta.get('where', '?')}) has the batch size burnt in: Python took it out of the "
-                "shapes, with range(), int() or the like; use torch ops on sizes")
-    for node in many.nodes[-1].all_input_nodes:
-        if _tensor(traced, node)[1]:
-            for earlier in many.nodes:
-                if "shape" in earlier.meta and earlier.op != "get_attr" and "depend on" in _tensor(traced, earlier)[1]:
-                    return _tensor(traced, earlier)[1]
-            return _tensor(traced, node)[1]
+def _burnt(traced: Traced, position: int) -> str:
+    """Why another batch size runs another program after a position; nothing if it does not."""
+    nodes, (prefix, suffix) = traced.program.nodes, traced.shared
+    if position >= len(nodes) - suffix:
+        return ""
+    node = nodes[min(prefix, len(nodes) - 1)]
+    where = f"{node.name} ({node.meta.get('where', '?')})"
+    if any(n.target is same_as_traced for n in nodes[max(prefix - 2, 0):prefix + 2]):
+        return f"{where}: Python decides on the values of tensors there; use torch.where"
+    return (f"{where} has the batch size burnt in: Python took it out of the shapes, with range(), int() or the like; "
+            "use torch ops on sizes")
+
+
+def _mixed(traced: Traced) -> str:
+    """Where rows come to depend on each other, if they do so at all in what the network says."""
+    nodes = traced.program.nodes
+    for output in nodes[-1].all_input_nodes:
+        if _tensor(traced, output)[1]:
+            reasons = (_tensor(traced, node)[1] for node in nodes if "shape" in node.meta and node.op != "get_attr")
+            return next((reason for reason in reasons if "depend on" in reason), _tensor(traced, output)[1])
     return ""
 
 

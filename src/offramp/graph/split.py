@@ -145,7 +145,10 @@ def _ordered(traced: Traced, program: Program, name: str | None) -> tuple[Cut | 
     cut = _find(traced, program, name)
     if program is traced.program:
         return cut, list(cut.rowwise), []
-    reference = labels(traced, traced.program, _find(traced, traced.program, name))
+    known = _find(traced, traced.program, name)
+    # Whether the batch may shrink was found out on the example's program; it is as true for calls of another kind.
+    cut = replace(cut, why_not=known.why_not)
+    reference = labels(traced, traced.program, known)
     here = dict(zip(labels(traced, program, cut), cut.rowwise, strict=True))
     if any(wanted not in here for wanted in reference):
         if len(reference) != len(cut.rowwise):
@@ -224,11 +227,12 @@ def _find(traced: Traced, program: Program, name: str) -> Cut:
 
 def _prove(traced: Traced, stages: Sequence[Stage]) -> None:
     """Chained on two rows of the example, the stages say what the untouched network says, bit for bit."""
-    args, kwargs = traced.few
     with as_found(traced.model, mode=False), torch.no_grad():
-        said = flat(traced.model(*_copy(args), **_copy(kwargs)))[0]
+        args, kwargs = traced.example()
+        said = flat(traced.model(*args, **kwargs))[0]
     with as_found(traced.model, mode=False), torch.no_grad():
-        state: Any = begin(traced, *_copy(args), **_copy(kwargs))
+        args, kwargs = traced.example()
+        state: Any = begin(traced, *args, **kwargs)
         for stage in stages:
             state = stage(state)
     for ours, theirs in zip(flat(state)[0], said, strict=True):
@@ -239,8 +243,3 @@ def _prove(traced: Traced, stages: Sequence[Stage]) -> None:
                 where="split()",
                 todo="look for ops that draw random numbers in eval mode, or that write into views of their inputs",
             )
-
-
-def _copy(value: Any) -> Any:
-    leaves, recipe = flat(value)
-    return rebuild(recipe, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from offramp.errors import CutError, OfframpError
+from offramp.graph._blocks import blocks_of
 from offramp.graph._guest import as_found, flat, rebuild
 from offramp.graph._recorder import Close, Recorder, Untraceable
 
@@ -57,6 +58,8 @@ class Traced:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model = model
         self.blocks = blocks_of(model)
+        first = next(model.parameters(), None)
+        self._first = None if first is None else (first.dtype, first.device)
         self._pretend = False
         self._leaves: frozenset[str] = frozenset()
         self._programs: dict[Any, Program] = {}
@@ -91,6 +94,22 @@ class Traced:
     def __deepcopy__(self, memo: Any) -> "Traced":
         made = Traced(copy.deepcopy(self.model, memo), *self._probe)
         made.rows = self.rows
+        return made
+
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A copy of ``few``, moved and cast as the network was since it was traced."""
+        first = next(self.model.parameters(), None)
+
+        def follow(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if first is None or self._first is None:
+                return leaf.clone()
+            device = first.device if leaf.device == self._first[1] else leaf.device
+            return leaf.to(device, first.dtype if leaf.dtype == self._first[0] else leaf.dtype, copy=True)
+
+        leaves, recipe = flat(self.few)
+        made: tuple[tuple[Any, ...], dict[str, Any]] = rebuild(recipe, [follow(leaf) for leaf in leaves])
         return made
 
     def program_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -172,8 +191,13 @@ def _record(
     recorder = Recorder(model, leaves=leaves, rows=rows if fingerprints else 0, pretend=pretend)
     for tensor in inputs:
         recorder.placeholder(tensor)
-    with recorder:
-        output = model(*args, **kwargs)
+    try:
+        with recorder:
+            output = model(*args, **kwargs)
+    except Exception:
+        if recorder.hidden is not None:
+            raise recorder.hidden from None
+        raise
     said, out_recipe = flat(output)
     tensors = [leaf for leaf in said if isinstance(leaf, Tensor)]
     recorder.output(tensors)
@@ -252,8 +276,11 @@ def signature_of(program: Program, node: fx.Node) -> Any:
     target: Any = node.target if not isinstance(node.target, str) or node.op != "placeholder" else ""
     if isinstance(target, str) and target in program.constants:
         constant = program.constants[target]
-        target = (tuple(constant.shape), constant.flatten().tolist()) if isinstance(constant, Tensor) else id(constant)
-        if isinstance(constant, Tensor) and constant.numel() > 4096:
+        if not isinstance(constant, Tensor):
+            target = id(constant)
+        elif constant.numel() <= 4096:
+            target = (tuple(constant.shape), repr(constant.tolist()))
+        else:
             target = (tuple(constant.shape), float(constant.double().sum()), float(constant.double().abs().sum()))
     elif not isinstance(target, str):
         target = id(target)
@@ -266,35 +293,6 @@ def _shared(many: Program, fewer: Program) -> tuple[int, int]:
     if len(many.nodes) != len(fewer.nodes):
         return prefix, 0  # places count from the beginning, so that nothing can be told of the end
     return prefix, same[::-1].index(False) if False in same else len(same)
-
-
-def blocks_of(model: nn.Module) -> frozenset[str]:
-    """The repeated units: children of a container, or siblings of one class; not inside another unit, not leaves."""
-    found: set[str] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
-        grown = [(name, child) for name, child in module.named_children() if _has_children(child)]
-        kinds = [type(child) for _, child in grown]
-        for name, child in grown:
-            inner = f"{path}.{name}" if path else name
-            holds_units = _is_container(child) and any(map(_has_children, child.children()))
-            if not holds_units and (_is_container(module) or kinds.count(type(child)) > 1):
-                found.add(inner)
-            else:
-                walk(child, inner)
-
-    walk(model, "")
-    return frozenset(found)
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
-def _is_container(module: nn.Module) -> bool:
-    forward = type(module).forward
-    return forward is nn.Sequential.forward or (
-        isinstance(module, nn.ModuleList | nn.ModuleDict) and forward is nn.ModuleList.forward)
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
