@@ -160,6 +160,8 @@ def test_curve_of_one_exit() -> None:
     sure = table.logits[:, 0].softmax(1).max(1).values >= 0.9
     said, told = table.logits[:, 0].argmax(1), table.logits[:, -1].argmax(1)
     assert found.hit_rate[1] == pytest.approx(float(sure.double().mean()))
+    half = table.logits[:, 0].softmax(1).max(1).values >= 0.5
+    assert found.agreement[2] == pytest.approx(float((said == told)[half].double().mean()))
     assert found.hit_rate[[0, 3]].tolist() == [0.0, 1.0]
     assert found.agreement[1] == pytest.approx(float((said == told)[sure].double().mean()))
     assert found.accuracy is not None and found.backbone_accuracy is not None

@@ -204,6 +204,14 @@ def test_thresholds_lie_between_scores(samples: int) -> None:
         assert np.abs(np.diff(shares)).max() < 0.03 and len(levels) > 90
 
 
+def test_thresholds_take_the_widest_gap_nearby() -> None:
+    draw = np.random.default_rng(0)
+    clusters = np.repeat(np.linspace(0.1, 0.9, 100), 20) + draw.uniform(-1e-6, 1e-6, 2000)
+    levels = thresholds_between(clusters, 20)
+    assert len(levels) == 20
+    assert np.abs(levels[:, None] - clusters[None]).min() > 1e-4
+
+
 def test_equal_scores_and_saturated_ones() -> None:
     assert thresholds_between(np.full(9, 1.0), 10).tolist() == [0.999]
     assert thresholds_between(np.zeros(0), 10).tolist() == []
