@@ -27,8 +27,7 @@ from offramp.train.recipes import flip_shift  # noqa: E402
 
 HEADS = {
     "layer1.2": ShortcutSpec(keep=("layer2.8", "layer3.8")),
-    "layer1.8": ShortcutSpec(keep=("layer2.8", "layer3.8")),
-    "layer2.5": ShortcutSpec(keep=("layer3.8",)),
+    "layer2.2": ShortcutSpec(keep=("layer3.8",)),
 }
 CURVE = (0.0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.0125, 0.015, 0.0175, 0.02, 0.025, 0.03, 0.04, 0.05)
 # bar on the points lost -> (tolerance asked of the search, bar on the saving in %). Asked a little below the bar, for
@@ -51,7 +50,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=Path("../shared/data"))
     options.add_argument("--work", type=Path, default=Path("runs/label_free"), help="features, heads and tables")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--epochs", type=int, default=16)
+    options.add_argument("--epochs", type=int, default=20)
     options.add_argument("--views", type=int, default=4)
     options.add_argument("--device", default="cpu")
     options.add_argument("--quick", action="store_true", help="one seed, few images: checks the path, not the figures")
