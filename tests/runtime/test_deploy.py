@@ -229,14 +229,14 @@ class Reads:
 
 
 @pytest.mark.parametrize("say", [True, False])
-@pytest.mark.parametrize("shrink", [True, False])
-def test_dense_rows_leave_alike_whether_or_not_the_policy_says_what_it_reads(say: bool, shrink: bool) -> None:
+@pytest.mark.parametrize("how", [{"shrink": True}, {"shrink": False}, {"channels_last": True}])
+def test_dense_rows_leave_alike_whether_or_not_the_policy_says_what_it_reads(say: bool, how: dict[str, Any]) -> None:
     net, x = segmenter(), images(11, 16)
     table = offramp.record(net, [x], latency=False)
     scores = offramp.Thresholds(thresholds=(0.0, 0.0)).score(0, table.evidence((0,)))
     middle = scores.sort().values
     policy = offramp.Thresholds(thresholds=(float((middle[5] + middle[6]) / 2), float(middle.mean())))
-    fast = net.deploy(plan(Reads(policy, say), task="dense"), shrink=shrink)
+    fast = net.deploy(plan(Reads(policy, say), task="dense"), **how)
     out = fast(x)["out"]
     replayed = offramp.replay(table, plan(policy, task="dense")).exit_index
     assert fast.last_exits.tolist() == replayed.tolist() and (replayed == 0).sum() == 5

@@ -49,7 +49,7 @@ def gather_for(task: Task, policy: Policy) -> Gather:
             return Evidence(probs=probs, histograms={name: counts})
 
         score = BY_NAME[name]
-        return Gather(read=lambda logits: _counts(score(logits)), keep=_rows, join=join, score=score,
+        return Gather(read=lambda logits: _counts(_by_pixel(score, logits)), keep=_rows, join=join, score=score,
                       read_score=_counts)
     return Gather(read=summarise, keep=_summary_rows, join=evidence_of)
 
@@ -64,6 +64,17 @@ def _rows(part: Tensor, rows: Tensor) -> Tensor:
 
 def _summary_rows(part: DenseSummary, rows: Tensor) -> DenseSummary:
     return part.select(rows)
+
+
+def _by_pixel(score: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """The score of pixel logits (n, K, H, W) -> (n, H, W), each pixel a row where channels lie last.
+
+    Over dimension 1 of channels-last logits a softmax takes twice as long: 103 against 59 ms for 21 x 520 x 520.
+    """
+    if logits.is_contiguous() or not logits.is_contiguous(memory_format=torch.channels_last):
+        return score(logits)
+    rows, classes, high, wide = logits.shape
+    return score(logits.permute(0, 2, 3, 1).reshape(-1, classes)).view(rows, high, wide)
 
 
 def _counts(confidence: Tensor) -> Tensor:
