@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +36,25 @@ def test_logits_and_labels_are_kept_whatever_the_batches() -> None:
     assert same.fingerprints == table.fingerprints, "the size of a batch is not part of the data"
     less = offramp.record(net, batches(x[:9], 4), latency=False)
     assert less.fingerprints["split"] != table.fingerprints["split"]
+
+
+def test_a_sample_of_two_inputs_has_one_fingerprint_whatever_the_batches() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 30), nn.Linear(30, 4))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.two(torch.relu(self.one(x + y)))
+
+    x, y = torch.randn(10, 6), torch.randn(10, 6)
+    net = offramp.attach(Two(), (x[:2], y[:2]), exits=["one"], heads=nn.Linear(8, 4), num_classes=4, task="classify")
+
+    def marks(size: int) -> Any:
+        rows = [slice(i, i + size) for i in range(0, 10, size)]
+        return offramp.record(net, [{"x": x[r], "y": y[r]} for r in rows], latency=False).fingerprints
+
+    assert marks(3) == marks(10)
 
 
 @pytest.mark.parametrize("form", ["dataset", "loader", "dict"])

@@ -122,9 +122,10 @@ class _Collected:
         if self.first is None:
             self.first = batch
             self.kind = ",".join(f"{tuple(t.shape[1:])}{t.dtype}" for t in tensors)
-        for tensor in tensors:
-            for row in tensor:  # by row, so that the batch size does not matter
-                self.digest.update(bytes_of(row))
+        for row in range(len(tensors[0])):  # all inputs of a sample together, so that the batch size does not matter
+            for tensor in tensors:
+                if len(tensor) == len(tensors[0]):
+                    self.digest.update(bytes_of(tensor[row]))
         if self.labelled is None:
             self.labelled = batch.labels is not None
         if self.labelled != (batch.labels is not None):

@@ -207,6 +207,13 @@ def test_a_policy_that_would_mix_rows_is_refused() -> None:
 
     with pytest.raises(PlanError, match=r"bool \(4,\)"):
         classifier().deploy(plan(Broad()))(images(4))
+
+    class Sure:
+        def decide(self, exit_index: int, evidence: Evidence) -> Tensor:
+            return torch.ones(len(evidence))
+
+    with pytest.raises(PlanError, match=r"float32 \(4,\)"):
+        classifier().deploy(plan(Sure()))(images(4))
     with pytest.raises(OfframpError, match="engine"):
         classifier().deploy(plan(SOME), engine="tensorrt")
     with pytest.raises(OfframpError, match="dtype"):
