@@ -86,18 +86,20 @@ def test_modules_swapped_later_are_seen() -> None:
     assert torch.equal(stages[1](stages[0](begin(traced, x))), model(x))
 
 
-def test_the_state_survives_a_stage_that_writes_into_it() -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_state_survives_a_stage_that_writes_into_it(inference: bool) -> None:
     class Writes(Net):
         def between(self, x: Tensor) -> Tensor:
             return x.mul_(2)
 
     model = Writes().eval()
-    x = torch.randn(2, 8)
-    traced = trace(model, x)
+    with torch.inference_mode(inference):
+        x = torch.randn(2, 8)
+        traced = trace(model, x)
     first, second = split(traced, ["blocks.1"])
-    state = first(begin(traced, x))
-    before = state.tensors[0].clone()
-    with torch.no_grad():
+    with torch.inference_mode(inference), torch.no_grad():
+        state = first(begin(traced, x))
+        before = state.tensors[0].clone()
         said = second(state)
         assert torch.equal(state.tensors[0], before)
         assert torch.equal(second(state), said) and torch.equal(said, model(x))
@@ -110,7 +112,7 @@ def test_no_grad_in_forward_stays() -> None:
                 scale = x.abs().mean(1, keepdim=True) + 1
             return x / scale
 
-    model = Partly()
+    model = Partly().eval()  # as when it was traced: only the gradients differ
     x = torch.randn(3, 8)
     traced = trace(model, x)
     run(traced, ["blocks.1"], x).sum().backward()
