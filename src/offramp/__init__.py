@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from offramp.choose.calibrate import calibrate
     from offramp.choose.plan import load_plan, save_plan
     from offramp.choose.policies import Thresholds
     from offramp.choose.replay import replay
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
     from offramp.nn.attach import attach
     from offramp.nn.heads import HeadSpec
     from offramp.nn.multiexit import MultiExit
+    from offramp.nn.shortcut import ShortcutSpec
+    from offramp.nn.tune import tune_
     from offramp.record import record
     from offramp.runtime import Adaptive, deploy
+    from offramp.runtime.bench import bench
     from offramp.table import Costs, ExitTable, Latency
     from offramp.train import recipes
     from offramp.train.loop import fit
@@ -41,17 +45,19 @@ _FROM = {
     "ExitSite": "offramp.types", "ExitTable": "offramp.table", "HeadSpec": "offramp.nn.heads",
     "Latency": "offramp.table", "MultiExit": "offramp.nn.multiexit", "OfframpError": "offramp.errors",
     "Plan": "offramp.types", "Policy": "offramp.types", "Recipe": "offramp.train.recipe",
-    "Thresholds": "offramp.choose.policies",
-    "attach": "offramp.nn.attach", "deploy": "offramp.runtime", "fit": "offramp.train.loop",
+    "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.choose.policies",
+    "attach": "offramp.nn.attach", "bench": "offramp.runtime.bench", "calibrate": "offramp.choose.calibrate",
+    "deploy": "offramp.runtime", "fit": "offramp.train.loop",
     "load_data": "offramp.data", "load_model": "offramp.models", "load_plan": "offramp.choose.plan",
     "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",
     "save_plan": "offramp.choose.plan", "search": "offramp.choose.search", "sites": "offramp.graph",
+    "tune_": "offramp.nn.tune",
 }
 
 __all__ = [
     "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MultiExit",
-    "OfframpError", "Plan", "Policy", "Recipe", "Thresholds", "attach", "deploy", "fit", "load_data", "load_model",
-    "load_plan", "recipes", "record", "replay", "save_plan", "search", "sites",
+    "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench", "calibrate", "deploy",
+    "fit", "load_data", "load_model", "load_plan", "recipes", "record", "replay", "save_plan", "search", "sites", "tune_",
 ]
 
 
