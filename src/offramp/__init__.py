@@ -57,7 +57,8 @@ _FROM = {
 __all__ = [
     "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MultiExit",
     "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench", "calibrate", "deploy",
-    "fit", "load_data", "load_model", "load_plan", "recipes", "record", "replay", "save_plan", "search", "sites", "tune_",
+    "fit", "load_data", "load_model", "load_plan", "recipes", "record", "replay", "save_plan", "search", "sites",
+    "tune_",
 ]
 
 

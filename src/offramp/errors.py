@@ -14,7 +14,9 @@ class OfframpError(ValueError):
 What to do: add a batch dimension: x[None]
     """
 
-    def __init__(self, message: str = "", *, expected: str = "", got: str = "", where: str = "", todo: str = "") -> None:
+    def __init__(
+        self, message: str = "", *, expected: str = "", got: str = "", where: str = "", todo: str = ""
+    ) -> None:
         if expected:
             message = f"{where + ': ' if where else ''}expected {expected}, but got {got}."
             if todo:

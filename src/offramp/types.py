@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 __all__ = [
-    "Calibrator", "Confidence", "Decision", "Evidence", "ExitColumn", "ExitSite", "Head", "LiveTensor", "Plan", "Policy",
-    "Task",
+    "Calibrator", "Confidence", "Decision", "Evidence", "ExitColumn", "ExitSite", "Head", "LiveTensor", "Plan",
+    "Policy", "Task",
 ]
 
 Task = Literal["classify", "dense"]

@@ -20,12 +20,12 @@ from offramp.types import Plan
 DATA = "scenes?n=8&size=32x48&task=classify"
 FLAGS = {
     "sites": {"--data", "--shape", "--within"},
-    "train": {"--data", "--out", "--exits", "--recipe", "--epochs", "--lr", "--seed", "--train-split", "--within",
+    "train": {"--data", "--out", "--exits", "--heads", "--recipe", "--epochs", "--lr", "--seed", "--train-split", "--within",
               "--device", "--precision", "--again"},
     "record": {"--split", "--batches", "--batch-size", "--device", "--again"},
     "search": {"--max-drop", "--minimise", "--tolerance", "--confidence", "--max-exits", "--against",
                "--latency-batch"},
-    "adapt": {"--data", "--out", "--max-drop", "--exits", "--recipe", "--epochs", "--lr", "--seed", "--train-split",
+    "adapt": {"--data", "--out", "--max-drop", "--exits", "--heads", "--recipe", "--epochs", "--lr", "--seed", "--train-split",
               "--within", "--minimise", "--tolerance", "--confidence", "--max-exits", "--against", "--latency-batch",
               "--batches", "--batch-size", "--device", "--precision", "--again"},
     "run": {"--model", "--out", "--batch-size", "--engine", "--device"},

@@ -24,8 +24,8 @@ from offramp.errors import FileFormatError, OfframpError
 from offramp.models import load_model
 from offramp.nn.attach import attach
 from offramp.nn.guest import fingerprint_of
-from offramp.nn.heads import HeadSpec
 from offramp.nn.multiexit import MultiExit
+from offramp.nn.shortcut import spec_from_json
 from offramp.table import ExitTable, write_atomic
 from offramp.table.files import read_json
 from offramp.types import Plan
@@ -44,7 +44,7 @@ class Manifest:
     exits: list[str] = field(default_factory=list)
     """Names of the sites."""
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Site -> head's name -> HeadSpec as JSON."""
+    """Site -> head's name -> its spec as JSON."""
     shape: list[int] = field(default_factory=list)
     """Of one input, (C, H, W)."""
     within: str | None = None
@@ -105,13 +105,12 @@ class Run:
             )
         return model
 
-    def attach(self, exits: Any = None) -> MultiExit:
+    def attach(self, exits: Any = None, heads: Any = None) -> MultiExit:
         """The network with untrained exits: those of the manifest, or new ones."""
         made = self.manifest
-        heads: Any = None
         if exits is None:
             exits = made.exits
-            heads = {site: {name: HeadSpec.from_json(spec) for name, spec in each.items()}
+            heads = {site: {name: spec_from_json(spec) for name, spec in each.items()}
                      for site, each in made.heads.items()}
         inputs = example(made.shape)
         torch.manual_seed(0)  # initial heads are part of what a seed promises

@@ -31,6 +31,8 @@ Data = Annotated[str, typer.Option("--data", metavar="DATA", help="The data; see
 Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to make or go on with.")]
 Exits = Annotated[str, typer.Option(help="How many exits, or the names of their sites, with commas.")]
 Within = Annotated[str | None, typer.Option(help="Cut this submodule instead of the whole network.")]
+HeadKind = Annotated[str, typer.Option("--heads", help="small (new layers, sized by the site) or shortcut (the "
+                                       "network's own tail, most blocks left out; stronger on residual networks).")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="label_free (no labels) or joint (labels, whole network).")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; the recipe's own unless given.")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate; the recipe's own unless given.")]
@@ -82,13 +84,14 @@ def sites(
                     + EPILOG)
 @verb
 def train(
-    model: Model, data: Data, out: Out, exits: Exits = "4", recipe: RecipeName = "label_free", epochs: Epochs = None,
-    lr: Rate = None, seed: Seed = 0, train_split: TrainSplit = None, within: Within = None, device: Device = None,
-    precision: Precision = None, again: Again = False, as_json: Json = False, debug: Debug = False,
+    model: Model, data: Data, out: Out, exits: Exits = "4", heads: HeadKind = "small",
+    recipe: RecipeName = "label_free", epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
+    train_split: TrainSplit = None, within: Within = None, device: Device = None, precision: Precision = None,
+    again: Again = False, as_json: Json = False, debug: Debug = False,
 ) -> None:
     """Cut a network, hang exits on the cuts and train them; makes the run folder. Goes on after a stop."""
-    run = _train(model, data, out, exits, recipe, epochs, lr, seed, train_split, within, device, precision, again,
-                 as_json)
+    run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, device, precision,
+                 again, as_json)
     result({"run": str(out), "exits": run.manifest.exits}, f"{out}: exits at {', '.join(run.manifest.exits)}\n"
            f"next: offramp record {out}", as_json=as_json)
 
@@ -134,8 +137,9 @@ def search(
                     "--max-drop 0.01\n\n" + EPILOG)
 @verb
 def adapt(
-    model: Model, data: Data, out: Out, max_drop: MaxDrop = 0.01, exits: Exits = "4", recipe: RecipeName = "label_free",
-    epochs: Epochs = None, lr: Rate = None, seed: Seed = 0, train_split: TrainSplit = None, within: Within = None,
+    model: Model, data: Data, out: Out, max_drop: MaxDrop = 0.01, exits: Exits = "4", heads: HeadKind = "small",
+    recipe: RecipeName = "label_free", epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
+    train_split: TrainSplit = None, within: Within = None,
     minimise: Minimise = "macs", tolerance: Tolerance = "joint", confidence: Confidence = "top",
     max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1, batches: Batches = "1",
     batch_size: BatchSize = 32, device: Device = None, precision: Precision = None, again: Again = False,
@@ -144,8 +148,8 @@ def adapt(
     """Train, record and search in one go: from a pretrained network and images to a plan."""
     from offramp.cli.work import record_run, search_run
 
-    run = _train(model, data, out, exits, recipe, epochs, lr, seed, train_split, within, device, precision, again,
-                 as_json)
+    run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, device, precision,
+                 again, as_json)
     splits = [one for one in ("calibration", "test") if one in run.source.splits]
     record_run(run, splits, batches=_numbers(batches, ",", "--batches"), batch_size=batch_size, device=device,
                quiet=as_json)
@@ -229,8 +233,9 @@ def demo(
 
 
 def _train(
-    model: str, data: str, out: Path, exits: str, recipe: str, epochs: int | None, lr: float | None, seed: int,
-    train_split: str | None, within: str | None, device: str | None, precision: str | None, again: bool, quiet: bool,
+    model: str, data: str, out: Path, exits: str, heads: str, recipe: str, epochs: int | None, lr: float | None,
+    seed: int, train_split: str | None, within: str | None, device: str | None, precision: str | None, again: bool,
+    quiet: bool,
 ) -> "Run":
     from offramp.cli.work import make_recipe, start, train_run
 
@@ -238,7 +243,7 @@ def _train(
         fail(f"--precision: expected bf16 or nothing, but got {precision!r}.")
     made = make_recipe(recipe, epochs=epochs, lr=lr, seed=seed)
     places: Any = int(exits) if exits.isdigit() else [one.strip() for one in exits.split(",")]
-    run = start(out, model=model, data=data, exits=places, within=within, recipe=made, again=again,
+    run = start(out, model=model, data=data, exits=places, heads=heads, within=within, recipe=made, again=again,
                 command=command_line())
     train_run(run, made, split=train_split, device=device, precision=precision, quiet=quiet)
     return run

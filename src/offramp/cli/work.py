@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from offramp._specs import near
 from offramp.choose.calibrate import calibrate
 from offramp.choose.plan import save_plan
 from offramp.choose.search import search
@@ -15,6 +16,7 @@ from offramp.data import Source, Split, load_data
 from offramp.errors import OfframpError
 from offramp.models import load_model
 from offramp.nn.guest import fingerprint_of
+from offramp.nn.shortcut import ShortcutSpec
 from offramp.record import record
 from offramp.table import ExitTable
 from offramp.train import recipes
@@ -25,14 +27,13 @@ from offramp.types import Plan
 
 __all__ = ["make_recipe", "open_model", "record_run", "search_run", "start", "train_run"]
 
+HEADS: dict[str, ShortcutSpec | None] = {"small": None, "shortcut": ShortcutSpec(share=0.2)}
 RECIPES: dict[str, Callable[..., Recipe]] = {"label_free": recipes.label_free, "joint": recipes.joint}
 
 
 def make_recipe(name: str, **options: Any) -> Recipe:
     """A recipe by its function's name; options that are None keep its defaults."""
     if name not in RECIPES:
-        from offramp._specs import near
-
         raise OfframpError(expected=f"a recipe among {', '.join(RECIPES)}", got=repr(name), where="--recipe",
                            todo=near(name, RECIPES))
     return RECIPES[name](**{k: v for k, v in options.items() if v is not None})
@@ -63,10 +64,13 @@ def open_model(model: str, data: Source, split: str) -> tuple[Any, list[int]]:
 
 
 def start(
-    out: Path, *, model: str, data: str, exits: int | Sequence[str], within: str | None, recipe: Recipe, again: bool,
-    command: str,
+    out: Path, *, model: str, data: str, exits: int | Sequence[str], heads: str, within: str | None, recipe: Recipe,
+    again: bool, command: str,
 ) -> Run:
     """A run folder with its network cut; an existing one when it was begun with the same arguments."""
+    if heads not in HEADS:
+        raise OfframpError(expected=f"heads among {', '.join(HEADS)}", got=repr(heads), where="--heads",
+                           todo=near(heads, HEADS))
     if (out / "run.json").is_file() and not again:
         run = Run.open(out)
         made = run.manifest
@@ -92,7 +96,7 @@ def start(
     run.__dict__["backbone"], run.__dict__["source"] = network, source
     guest = network.get_submodule(within) if within else network
     run.manifest.backbone = fingerprint_of(guest)
-    net = run.attach(exits)
+    net = run.attach(exits, HEADS[heads])
     run.manifest.exits = [site.name for site in net.sites]
     for site in net.sites:
         columns = [column for column in net.columns if column.site == site.name]

@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 
 from offramp.errors import HeadError
 from offramp.graph import Stage, Traced, begin
+from offramp.nn.heads import HeadSpec
 from offramp.types import ExitSite
 
-__all__ = ["ShortcutHead", "ShortcutSpec", "build_shortcut"]
+__all__ = ["ShortcutHead", "ShortcutSpec", "build_shortcut", "spec_from_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,11 @@ class ShortcutSpec:
             raise HeadError(expected="a ShortcutSpec of version 1", got=got, where="ShortcutSpec.from_json()")
         keep = record["data"]["keep"]
         return cls(keep=None if keep is None else tuple(keep), share=float(record["data"]["share"]))
+
+
+def spec_from_json(record: Mapping[str, Any]) -> HeadSpec | ShortcutSpec:
+    """The spec of a head as a file keeps it, of either kind."""
+    return ShortcutSpec.from_json(record) if record.get("type") == "ShortcutSpec" else HeadSpec.from_json(record)
 
 
 class ShortcutHead(nn.Module):
