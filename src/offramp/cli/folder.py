@@ -112,9 +112,9 @@ class Run:
             exits = made.exits
             heads = {site: {name: spec_from_json(spec) for name, spec in each.items()}
                      for site, each in made.heads.items()}
-        inputs = example(made.shape)
+        guest, inputs = self.backbone, example(made.shape)
         torch.manual_seed(0)  # initial heads are part of what a seed promises
-        return attach(self.backbone, inputs, exits=exits, heads=heads, within=made.within)
+        return attach(guest, inputs, exits=exits, heads=heads, within=made.within)
 
     @cached_property
     def net(self) -> MultiExit:
