@@ -83,6 +83,7 @@ def cell(model: str, engine: str, dtype: str, batch: int, quick: bool) -> dict[s
     rows = about["rows"][batch] if not quick else max(batch, 4) if batch == 1 else 8
     batch_now = batch if not quick or batch == 1 else 8
     dense = model != "resnet50"
+    slow = dense and batch > 1  # half a minute a call: shrinking is known to pay there
     make = getattr(segmentation if dense else models, model)
     guest = make(weights=None, **({"weights_backbone": None} if dense else {})).eval()
     x = inputs_of(rows, size)
@@ -98,7 +99,7 @@ def cell(model: str, engine: str, dtype: str, batch: int, quick: bool) -> dict[s
 
     def deployed(policy: Any) -> Any:
         return offramp.deploy(net, Plan(exits=about["exits"], policy=policy, task=net.task), engine=engine, dtype=dtype,
-                              channels_last=True)
+                              channels_last=True, shrink=True if slow else "auto")
 
     fast = deployed(spy)
     for start in range(0, rows, batch_now):
@@ -106,9 +107,8 @@ def cell(model: str, engine: str, dtype: str, batch: int, quick: bool) -> dict[s
     fast.plan.policy.policy = offramp.Thresholds(thresholds=thresholds(spy.scores, SHARES))
     fast.plan.policy.decide = fast.plan.policy.policy.decide  # the spied network itself is timed: compiled once
     plain = dense_like(fast, guest, x[:2])
-    slow = dense and batch > 1
-    done = bench(fast, plain, x, batch=batch_now, repeats=3 if quick or slow else 15 if batch == 1 else 7,
-                 budget_s=6 if quick else 150 if slow else 60)
+    done = bench(fast, plain, x, batch=batch_now, repeats=3 if quick or slow else 12 if batch == 1 else 7,
+                 warmup=1 if slow else 2, budget_s=6 if quick else 60 if slow else 30)
     print(done, flush=True)
     return {**done.to_json(), "model": model, "cell_batch": batch, "exits": list(about["exits"]), "size": size,
             "tuned": tuned, "quiet": done.adaptive.quiet and done.dense.quiet}

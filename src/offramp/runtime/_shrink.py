@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,7 +35,7 @@ class Crossover:
 class Shrinker:
     """Decides for each stage whether a smaller batch is worth its copy; measures when first asked, if told to."""
 
-    def __init__(self, mode: bool | str, stages: int) -> None:
+    def __init__(self, mode: bool | Literal["auto"], stages: int) -> None:
         self.mode = mode
         self._known: list[Crossover | None] = [None] * stages
         self._lock = threading.Lock()

@@ -89,6 +89,11 @@ class Adaptive(nn.Module):
         return whole.output()
 
     @property
+    def shrink(self) -> bool | Literal["auto"]:
+        """Whether the batch drops the rows that left, or a measured crossover says when."""
+        return self._shrinker.mode
+
+    @property
     def last_exits(self) -> Tensor:
         """Where each row of this thread's last finished call left (n,) int64; ``len(plan.exits)`` is the end."""
         found = getattr(self._last, "exits", None)

@@ -118,6 +118,7 @@ def bench(
     small: nn.Module | None = None,
     batch: int = 1,
     repeats: int = 15,
+    warmup: int = 2,
     budget_s: float | None = 60.0,
 ) -> Bench:
     """Time a deployed network beside the untouched one, and beside a smaller static one where it is given.
@@ -135,7 +136,7 @@ def bench(
     plain = baseline if isinstance(baseline, Dense) else dense_like(fast, baseline, chunks[0])
     smaller = small if small is None or isinstance(small, Dense) else dense_like(fast, small, chunks[0])
     exits = []
-    if batch > 1:
+    if batch > 1 and fast.shrink == "auto":
         fast.calibrate(*_args(chunks[0]), **_kwargs(chunks[0]))
     for chunk in chunks:
         fast(*_args(chunk), **_kwargs(chunk))
@@ -148,7 +149,7 @@ def bench(
     if smaller is not None:
         fns["small"] = _call(smaller, chunks[0])
     device = next((t.device for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)), None)
-    times = measure(fns, repeats=repeats, warmup=2, budget_s=budget_s, device=device)
+    times = measure(fns, repeats=repeats, warmup=warmup, budget_s=budget_s, device=device)
     to_exit = torch.tensor(macs_to_exits(fast, chunks[0]), dtype=torch.float64)
     parts = [(times[name], weight) for name, (_, weight) in chosen.items()]
     adaptive = _side(parts, batch, float(to_exit[where].mean()))
