@@ -34,7 +34,7 @@ def demo_run(
     if again or not weights.is_file():
         _say(quiet, "1/6  a network of one's own: training a small segmenter on labelled scenes")
         _pretrain(weights, data, epochs=1 if quick else 14, seed=seed, quiet=quiet)
-    recipe = make_recipe("label_free", epochs=1 if quick else 5, batch_size=16, seed=seed)
+    recipe = make_recipe("label_free", epochs=1 if quick else 12, batch_size=16, seed=seed)
     run = start(out, model=f"{MODEL}?weights={weights}", data=data, exits=2 if quick else 3, heads="shortcut",
                 within=None, recipe=recipe,
                 again=again, command=command)
