@@ -62,6 +62,19 @@ def test_exits_come_to_agree_with_the_backbone() -> None:
             float((logits == said[-1]).double().mean()), abs=0.011)
 
 
+def test_the_compiled_pass_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, wrap = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **how: compiled.append(how) or wrap(fn, **how))
+    net, plain = make(PLAIN), make(PLAIN)
+    fit(net, unlabelled(80), SHORT, engine="compile")  # batches of 32, 32 and 16
+    fit(plain, unlabelled(80), SHORT)
+    assert compiled == [{"dynamic": False}]
+    for name, tensor in weights(net).items():
+        torch.testing.assert_close(tensor, weights(plain)[name], atol=1e-4, rtol=1e-4)
+    with pytest.raises(OfframpError, match="engine 'eager' or 'compile', not 'turbo'"):
+        fit(net, unlabelled(), SHORT, engine="turbo")  # type: ignore[arg-type]
+
+
 def test_all_heads_in_one_pass_are_what_each_alone_would_be() -> None:
     both, alone = make(PLAIN), make(PLAIN, exits=("two",))
     alone.heads.load_state_dict({n: t for n, t in both.heads.state_dict().items() if n.startswith("two")})
