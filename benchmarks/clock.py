@@ -107,7 +107,7 @@ def cell(model: str, engine: str, dtype: str, batch: int, quick: bool) -> dict[s
     fast.plan.policy.policy = offramp.Thresholds(thresholds=thresholds(spy.scores, SHARES))
     fast.plan.policy.decide = fast.plan.policy.policy.decide  # the spied network itself is timed: compiled once
     plain = dense_like(fast, guest, x[:2])
-    done = bench(fast, plain, x, batch=batch_now, repeats=3 if quick or slow else 12 if batch == 1 else 7,
+    done = bench(fast, plain, x, batch=batch_now, repeats=2 if slow else 3 if quick else 12 if batch == 1 else 7,
                  warmup=1 if slow else 2, budget_s=6 if quick else 60 if slow else 30)
     print(done, flush=True)
     return {**done.to_json(), "model": model, "cell_batch": batch, "exits": list(about["exits"]), "size": size,
