@@ -12,13 +12,16 @@ from torch import Tensor
 
 __all__ = [
     "Calibrator", "Confidence", "Decision", "Evidence", "ExitColumn", "ExitSite", "Head", "LiveTensor", "Plan",
-    "Policy", "Task",
+    "Policy", "Setting", "Task",
 ]
 
 Task = Literal["classify", "dense"]
+Setting = Literal["budgeted", "anytime", "input_dependent"]
 
 HISTOGRAM_BINS = 1024
 CONFIDENCES = ("top", "margin", "entropy")
+EDGED = ("top_edges", "entropy_edges")
+"""Dense: the same, where pixels around semantic edges take their window's median (MESS, Eqs. 8-9)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,8 @@ class ExitColumn:
     """The site's name; ``site/head`` where the site carries several candidate heads; ``final`` for the backbone."""
     site: str
     head: str = ""
+    stride: int = 1
+    """Dense: output pixels per step of the map that the head reads; semantic edges are as thick (MESS, Eq. 8)."""
 
 
 @dataclass(frozen=True)
@@ -138,3 +143,8 @@ class Plan:
     """Of the model, the data and the split that it was fitted on."""
     split: str = ""
     notes: Sequence[str] = ()
+    setting: Setting = "input_dependent"
+    """``budgeted``: everything ends at the one exit named; ``anytime``: all exits speak, nobody leaves by confidence;
+    ``input_dependent``: the policy decides."""
+    certificate: Mapping[str, Any] = field(default_factory=dict)
+    """What an exhaustive search vouches for: configurations, how many each bound ruled out, the remaining gap."""

@@ -85,7 +85,7 @@ def test_nan_in_the_figures_becomes_null(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "told"), [
-    (lambda page: page.update(version=2), "later one"),
+    (lambda page: page.update(version=3), "later one"),
     (lambda page: page.update(format="offramp.table"), "format"),
     (lambda page: page.update(extra=1), "extra"),
     (lambda page: page.pop("task"), "task"),

@@ -17,7 +17,7 @@ from offramp.types import Plan, Policy
 
 __all__ = ["load_plan", "save_plan"]
 
-_FORMAT, _VERSION = "offramp.plan", 1
+_FORMAT, _VERSION = "offramp.plan", 2
 _OURS: tuple[type, ...] = (Thresholds,)
 
 
@@ -40,6 +40,8 @@ class _Page(BaseModel):
     fingerprints: dict[str, str]
     split: str
     notes: list[str]
+    setting: Literal["budgeted", "anytime", "input_dependent"] = "input_dependent"  # version 1 knew no other
+    certificate: dict[str, Any] = {}
 
 
 def save_plan(plan: Plan, path: Path | str) -> Path:
@@ -53,7 +55,7 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
         "format": _FORMAT, "version": _VERSION, "exits": list(plan.exits), "task": plan.task, "split": plan.split,
         "policy": {"type": type(policy).__name__, "version": _version(type(policy)), "data": _data(policy)},
         "predicted": dict(plan.predicted), "asked": dict(plan.asked), "fingerprints": dict(plan.fingerprints),
-        "notes": list(plan.notes),
+        "notes": list(plan.notes), "setting": plan.setting, "certificate": dict(plan.certificate),
     }
     try:
         text = json.dumps(_finite(page), indent=1, allow_nan=False)
@@ -94,7 +96,8 @@ def load_plan(path: Path | str, known: Sequence[type] = ()) -> Plan:
                               where="load_plan()") from error
     return Plan(
         exits=tuple(page.exits), policy=policy, task=page.task, predicted=page.predicted, asked=page.asked,
-        fingerprints=page.fingerprints, split=page.split, notes=tuple(page.notes),
+        fingerprints=page.fingerprints, split=page.split, notes=tuple(page.notes), setting=page.setting,
+        certificate=page.certificate,
     )
 
 
