@@ -2,40 +2,23 @@
 
 The space is the label-free paper's (up to two convolutions, then up to two linears), opened by depthwise-separable
 convolutions, residual blocks and a squeeze gate, because two plain convolutions on a frozen, narrow network stop
-far below it. Rows never look at each other at run time, so dropping rows is exact.
-
-What a frontier may be, told apart by shape alone:
-
-- map (N, C, H, W). Several maps are brought to one size and concatenated: for ``classify`` to the coarsest one, by
-  average pooling; for ``dense`` to the finest one that is at most a quarter of the output (all coarser ones
-  upsampled bilinearly, finer ones average-pooled), as HRNet's exits in ADP-C; without one, to the coarsest.
-- map with channels last (N, H, W, C), as in Swin: taken so when the first two sizes are equal and the last two are
-  not (when the output's size is known, when the first two have its aspect ratio and the last two have not).
-  ``HeadSpec.layout`` overrules.
-- tokens (N, T, D). If T - 1 is a square and T is not, token 0 is the class token. For ``classify`` without
-  convolutions: class token (if any) and mean of the others, concatenated. Otherwise the others become a map whose
-  aspect is the output's.
-- vector (N, D).
-
-For ``classify``, a frontier of mixed kinds is pooled to vectors, which are concatenated. Integer and bool tensors, and
-masks (N, 1, 1, T) beside tokens, are passed in but not read.
+far below it. Rows never look at each other at run time, so dropping rows is exact. ``nn/reading.py`` says what a
+frontier may be.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offramp.errors import HeadError
+from offramp.nn.reading import Layout, MapReading, goal_of, read_as_map, reads_of, to_vector
 from offramp.types import LiveTensor, Task
 
 __all__ = ["ExitHead", "HeadSpec", "build", "check_pays", "default_spec", "fcn_spec", "head_macs", "residual_spec"]
-
-Layout = Literal["auto", "channels_first", "channels_last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +84,6 @@ class HeadSpec:
         return cls(**data)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """How one tensor of the frontier is read."""
-
-    index: int
-    kind: Literal["map", "map_last", "tokens", "vector"]
-    channels: int
-    size: tuple[int, int]
-    class_token: bool = False
-
-
 class ExitHead(nn.Module):
     """A head built from a spec: ``head(*frontier)`` gives logits (N, K), or (N, K, H, W) for dense.
 
@@ -124,24 +96,20 @@ class ExitHead(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.task, self.num_classes = spec, task, num_classes
-        reads = _reads(spec, frontier, task, out_size)
+        reads = reads_of(frontier, task, out_size, spec.layout)
         spatial = task == "dense" or bool(spec.convs or spec.blocks)
         self._reads = reads
-        self._as_map = task == "dense" or (
+        self._map = read_as_map(reads, task, out_size) if task == "dense" or (
             all(r.kind in ("map", "map_last") or (r.kind == "tokens" and spatial) for r in reads)
-        )
+        ) else None
         if spatial and not all(r.kind != "vector" and min(r.size) > 0 for r in reads):
             raise HeadError(
                 expected="maps (N, C, H, W) or tokens that form a grid, for a head with convolutions",
                 got=", ".join(map(str, frontier)), where="heads.build()", todo="use a HeadSpec of linears only",
             )
-        self._aspect = reads[0].size[0] / max(1, reads[0].size[1])
-        self._goal = _goal(reads, task, out_size) if self._as_map else 0
-        size = reads[self._goal].size
-        self._scale = (out_size[0] / size[0], out_size[1] / size[1]) if task == "dense" and out_size else None
         self.body, width = nn.Sequential(), 0
-        if self._as_map:
-            width = self._add_body(sum(r.channels for r in reads))
+        if self._map is not None:
+            width = self._add_body(self._map.channels)
             flat = width * spec.pool**2
         else:
             flat = sum(r.channels * (2 if r.class_token else 1) for r in reads)
@@ -166,22 +134,29 @@ class ExitHead(nn.Module):
             self.body.append(_Gate(width))
         return width
 
+    @property
+    def reading(self) -> MapReading | None:
+        """How one map is made of the frontier; None where the head reads vectors."""
+        return self._map
+
     def forward(self, *frontier: Tensor) -> Tensor:
-        if not self._as_map:
-            rows = [_to_vector(frontier[read.index], read) for read in self._reads]
+        if self._map is None:
+            rows = [to_vector(frontier[read.index], read) for read in self._reads]
             return self.last(rows[0] if len(rows) == 1 else torch.cat(rows, 1))  # type: ignore[no-any-return]
-        maps = [_to_map(frontier[read.index], read, self._aspect) for read in self._reads]
-        size = maps[self._goal].shape[-2:]
-        joined = maps[0] if len(maps) == 1 else torch.cat([_resize(m, size) for m in maps], 1)
-        x = self.body(joined)
+        joined = self._map.join(frontier)
+        logits = self.on_map(joined)
+        return self._map.upsample(logits, joined.shape[-2:]) if self.task == "dense" else logits
+
+    def coarse(self, *frontier: Tensor) -> Tensor:
+        """Dense: the logits as the last layer gives them, before they are resized to the output's size."""
+        return self.on_map(self._map.join(frontier)) if self._map is not None else self(*frontier)
+
+    def on_map(self, x: Tensor) -> Tensor:
+        """The logits of a joined map, not resized."""
+        x = self.body(x)
         if self.task == "classify":
             x = x.mean((2, 3)) if self.spec.pool == 1 else F.adaptive_avg_pool2d(x, self.spec.pool).flatten(1)
-            return self.last(x)  # type: ignore[no-any-return]
-        logits: Tensor = self.last(x)
-        if self._scale is not None:
-            goal = [round(size[0] * self._scale[0]), round(size[1] * self._scale[1])]
-            logits = F.interpolate(logits, goal, mode="bilinear", align_corners=False)
-        return logits
+        return self.last(x)  # type: ignore[no-any-return]
 
 
 class _Residual(nn.Module):
@@ -258,7 +233,7 @@ def check_pays(head_macs: int, macs_after: int, where: str) -> None:
 
 def fcn_spec(frontier: Sequence[LiveTensor], *, layout: Layout = "auto") -> HeadSpec:
     """torchvision's FCN head: 3x3 to a quarter of the channels, dropout 0.1, 1x1 to the classes."""
-    width = sum(read.channels for read in _reads(HeadSpec(layout=layout), frontier, "dense", None))
+    width = sum(read.channels for read in reads_of(frontier, "dense", None, layout))
     return HeadSpec(convs=((max(1, width // 4), 3, 1),), dropout=0.1, layout=layout)
 
 
@@ -266,7 +241,7 @@ def residual_spec(
     frontier: Sequence[LiveTensor], *, width: int = 64, depth: int = 2, layout: Layout = "auto"
 ) -> HeadSpec:
     """Residual blocks, each halving the map while it is larger than 4: the strong end of the space."""
-    reads = _reads(HeadSpec(layout=layout), frontier, "classify", None)
+    reads = reads_of(frontier, "classify", None, layout)
     side, blocks = min(min(read.size) for read in reads), []
     for _ in range(depth):
         blocks.append((width, 2 if side > 4 else 1))
@@ -284,11 +259,11 @@ def default_spec(
     while it is larger than 8, then a gate. Tokens and vectors: one linear.
     """
     bare = HeadSpec(layout=layout)
-    reads = _reads(bare, frontier, task, out_size)
+    reads = reads_of(frontier, task, out_size, layout)
     if task == "classify" and any(read.kind in ("tokens", "vector") for read in reads):
         return bare
     width = sum(read.channels for read in reads)
-    side = min(reads[_goal(reads, task, out_size)].size)
+    side = min(reads[goal_of(reads, task, out_size)].size)
     options = []
     for wide in (width * 2, width, width // 2, width // 4, width // 8):
         wide = max(min(wide, 256), 16, min(width, num_classes))
@@ -306,86 +281,3 @@ def default_spec(
         if head_macs(build(spec, frontier, num_classes, task, out_size), frontier) <= share * macs_after:
             return spec
     return options[-1]
-
-
-def _reads(
-    spec: HeadSpec, frontier: Sequence[LiveTensor], task: Task, out_size: tuple[int, int] | None
-) -> list[_Read]:
-    tokens = {live.shape[1] for live in frontier if len(live.shape) == 3}
-    aspect = out_size[0] / out_size[1] if out_size else None
-    reads = []
-    for index, live in enumerate(frontier):
-        shape = live.shape
-        if "float" not in live.dtype or (len(shape) == 4 and shape[1:3] == (1, 1) and shape[3] in tokens):
-            continue
-        if len(shape) == 4:
-            last = spec.layout == "channels_last" or (spec.layout == "auto" and _looks_channels_last(shape, aspect))
-            reads.append(_Read(index, "map_last", shape[3], (shape[1], shape[2])) if last
-                         else _Read(index, "map", shape[1], (shape[2], shape[3])))
-        elif len(shape) == 3:
-            class_token = math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1 and math.isqrt(shape[1]) ** 2 != shape[1]
-            class_token = class_token and shape[1] > 2
-            size = _grid(shape[1] - class_token, aspect or 1.0)
-            reads.append(_Read(index, "tokens", shape[2], size, class_token))
-        elif len(shape) == 2:
-            reads.append(_Read(index, "vector", shape[1], (0, 0)))
-        else:
-            raise HeadError(
-                expected="frontier tensors of rank 2 (N, D), 3 (N, T, D) or 4 (N, C, H, W)", got=str(live),
-                where="heads.build()", todo="choose another site, or pass your own head module",
-            )
-    if not reads:
-        got = ", ".join(map(str, frontier)) or "nothing"
-        raise HeadError(expected="a floating-point tensor in the frontier", got=got, where="heads.build()")
-    return reads
-
-
-def _looks_channels_last(shape: tuple[int, ...], aspect: float | None) -> bool:
-    _, a, b, c = shape
-    if aspect is not None:
-        def off(height: int, width: int) -> float:
-            return abs(math.log(height / width / aspect))
-        return off(a, b) < off(b, c)
-    return a == b != c
-
-
-def _grid(count: int, aspect: float) -> tuple[int, int]:
-    """The (H, W) with H * W == count whose aspect is nearest; (0, 0) if it is off by more than a quarter."""
-    pairs = [(h, count // h) for h in range(1, count + 1) if count % h == 0]
-    best = min(pairs, key=lambda hw: abs(math.log(hw[0] / hw[1] / aspect)), default=(0, 0))
-    return best if best[0] and abs(math.log(best[0] / best[1] / aspect)) < 0.25 else (0, 0)
-
-
-def _goal(reads: Sequence[_Read], task: Task, out_size: tuple[int, int] | None) -> int:
-    """Index of the map whose size all others take."""
-    order = sorted(range(len(reads)), key=lambda i: reads[i].size[0] * reads[i].size[1])
-    if task == "dense" and out_size:
-        small = [i for i in order if reads[i].size[0] * 4 <= out_size[0] and reads[i].size[1] * 4 <= out_size[1]]
-        return small[-1] if small else order[0]
-    return order[0]
-
-
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    if x.shape[-2:] == tuple(size):
-        return x
-    if x.shape[-2] >= size[0] and x.shape[-1] >= size[1]:
-        return F.adaptive_avg_pool2d(x, (size[0], size[1]))
-    return F.interpolate(x, list(size), mode="bilinear", align_corners=False)
-
-
-def _to_map(x: Tensor, read: _Read, aspect: float) -> Tensor:
-    if read.kind == "map":
-        return x
-    if read.kind == "map_last":
-        return x.permute(0, 3, 1, 2)
-    x = x[:, 1:] if read.class_token else x
-    height, width = read.size if read.size[0] * read.size[1] == x.shape[1] else _grid(x.shape[1], aspect)
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
-
-
-def _to_vector(x: Tensor, read: _Read) -> Tensor:
-    if read.kind == "vector":
-        return x
-    if read.kind == "tokens":
-        return torch.cat([x[:, 0], x[:, 1:].mean(1)], 1) if read.class_token else x.mean(1)
-    return x.mean((2, 3) if read.kind == "map" else (1, 2))

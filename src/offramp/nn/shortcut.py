@@ -76,6 +76,10 @@ class ShortcutHead(nn.Module):
             )
         return self.tail(*frontier, *self._fixed)  # type: ignore[no-any-return]
 
+    def coarse(self, *frontier: Tensor) -> Tensor:
+        """The same logits: where a copied tail resizes them, it may do more with them after."""
+        return self(*frontier)
+
     def extra_repr(self) -> str:
         return f"keep={self.spec.keep}"
 
