@@ -61,7 +61,7 @@ class SceneSegmenter(nn.Module):
 class SceneClassifier(nn.Module):
     """(N, 3, H, W) -> logits (N, K): three stages of three residual blocks after a strided stem, then mean and maximum.
 
-    The maximum finds the one object that counts; with the mean alone training took twice as long to get going.
+    The maximum finds the one object that counts, which a mean over the whole street drowns.
     """
 
     def __init__(self, num_classes: int = 8) -> None:
