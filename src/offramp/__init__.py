@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from offramp.models import load_model
     from offramp.nn.attach import attach
     from offramp.nn.heads import HeadSpec
+    from offramp.nn.mess import MessSpec, mess_space
     from offramp.nn.multiexit import MultiExit
     from offramp.nn.shortcut import ShortcutSpec
     from offramp.nn.tune import tune_
@@ -43,22 +44,23 @@ if TYPE_CHECKING:
 _FROM = {
     "Adaptive": "offramp.runtime", "Costs": "offramp.table", "Evidence": "offramp.types", "ExitColumn": "offramp.types",
     "ExitSite": "offramp.types", "ExitTable": "offramp.table", "HeadSpec": "offramp.nn.heads",
-    "Latency": "offramp.table", "MultiExit": "offramp.nn.multiexit", "OfframpError": "offramp.errors",
-    "Plan": "offramp.types", "Policy": "offramp.types", "Recipe": "offramp.train.recipe",
+    "Latency": "offramp.table", "MessSpec": "offramp.nn.mess", "MultiExit": "offramp.nn.multiexit",
+    "OfframpError": "offramp.errors", "Plan": "offramp.types", "Policy": "offramp.types", "Recipe": "offramp.train.recipe",
     "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.choose.policies",
     "attach": "offramp.nn.attach", "bench": "offramp.runtime.bench", "calibrate": "offramp.choose.calibrate",
     "deploy": "offramp.runtime", "fit": "offramp.train.loop",
     "load_data": "offramp.data", "load_model": "offramp.models", "load_plan": "offramp.choose.plan",
+    "mess_space": "offramp.nn.mess",
     "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",
     "save_plan": "offramp.choose.plan", "search": "offramp.choose.search", "sites": "offramp.graph",
     "tune_": "offramp.nn.tune",
 }
 
 __all__ = [
-    "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MultiExit",
-    "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench", "calibrate", "deploy",
-    "fit", "load_data", "load_model", "load_plan", "recipes", "record", "replay", "save_plan", "search", "sites",
-    "tune_",
+    "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MessSpec",
+    "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench", "calibrate", "deploy",
+    "fit", "load_data", "load_model", "load_plan", "mess_space", "recipes", "record", "replay", "save_plan", "search",
+    "sites", "tune_",
 ]
 
 

@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from offramp.errors import HeadError
 from offramp.graph import Traced, place, sites
 from offramp.nn.heads import HeadSpec, build, check_pays, default_spec, head_macs
+from offramp.nn.mess import MessHead, MessSpec, blocks_before, build_mess
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.output import read_logits, task_of
 from offramp.nn.shortcut import ShortcutSpec, build_shortcut
@@ -17,7 +19,7 @@ from offramp.types import ExitSite, Task
 
 __all__ = ["Heads", "attach"]
 
-Heads = HeadSpec | ShortcutSpec | nn.Module | Callable[["Site"], Any] | Mapping[str, Any] | None
+Heads = HeadSpec | ShortcutSpec | MessSpec | nn.Module | Callable[["Site"], Any] | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def attach(
     logits: Callable[[Any], Tensor] = read_logits,
     num_classes: int | None = None,
     task: Task | None = None,
+    keep_costly: bool = False,
 ) -> MultiExit:
     """Cut a network and hang exits on the cuts: ``net(x)`` then answers at every exit and at the end.
 
@@ -52,11 +55,14 @@ def attach(
         or a predicate on :class:`ExitSite` places them by hand (``offramp.sites`` lists them).
     heads: nothing for a default by the site's shape; a :class:`HeadSpec`, or a :class:`ShortcutSpec` for a thinned copy
         of the network's own tail; a function of a :class:`Site` that
-        returns a spec, a module or a dict of candidates; or a mapping from site names to any of these.
+        returns a spec, a module or a dict of candidates; or a mapping from site names to any of these. A mapping from
+        names to :class:`MessSpec`, ``offramp.mess_space()`` for one, hangs all of them at every site; those that cost
+        more than leaving there could save are left out, with a line in ``net.notes``.
     within: a submodule to cut instead of the whole, ``backbone.body`` for torchvision's detectors, say. The exits then
         belong to that submodule, which ``net`` stands for; ``num_classes`` and ``task`` must be given where its output
         has no logits.
     logits: reads the logits off the network's output, where the default cannot tell.
+    keep_costly: hang such heads too, and refuse no other for its cost.
 
     CutError when the network cannot be cut there; HeadError when a head does not fit, or costs more than it could save.
     """
@@ -76,22 +82,30 @@ def attach(
         read = None
         largest = max((t for t in _tensors(output) if t.ndim == 4), key=lambda t: t.shape[-1], default=None)
         out_size = _size(largest) if task == "dense" and largest is not None else None
-    made = {}
+    made, notes = {}, []
     for site in chosen:
         about = Site(site, num_classes, task, out_size, traced, logits)
         candidates = _make(heads, about)
-        for name, head in candidates.items():
+        if not keep_costly:
+            notes += _drop_costly(candidates, about)
+        made[site.name] = {name: _module(head, about) for name, head in candidates.items()}
+        for name, module in made[site.name].items():
             where = f"exit {site.name}{'/' + name if name else ''}"
-            check_pays(_macs(head, site, where), site.macs_after, where)
-        made[site.name] = candidates
-    return MultiExit(guest, traced, chosen, made, task=task, num_classes=num_classes, logits=read)
+            if not isinstance(module, MessHead) or len(candidates) == 1:
+                macs = _macs(module, site, where)
+                if not keep_costly:
+                    check_pays(macs, site.macs_after, where)
+    net = MultiExit(guest, traced, chosen, made, task=task, num_classes=num_classes, logits=read)
+    net.notes = tuple(notes)
+    return net
 
 
-def _make(heads: Any, about: Site) -> dict[str, nn.Module]:
+def _make(heads: Any, about: Site) -> dict[str, Any]:
     if isinstance(heads, Mapping) and about.site.name in heads:
         heads = heads[about.site.name]
-    elif isinstance(heads, Mapping) and any(isinstance(made, HeadSpec | ShortcutSpec | nn.Module) for made in
-                                            heads.values()):
+    elif isinstance(heads, Mapping) and not any(isinstance(made, MessSpec) for made in heads.values()) and any(
+        isinstance(made, HeadSpec | ShortcutSpec | nn.Module) for made in heads.values()
+    ):
         raise HeadError(
             expected=f"heads for the site {about.site.name}", got=f"heads for {sorted(heads)}", where="attach()",
             todo="give every site its heads, or pass one HeadSpec for all",
@@ -104,17 +118,39 @@ def _make(heads: Any, about: Site) -> dict[str, nn.Module]:
     candidates = heads if isinstance(heads, Mapping) else {"": heads}
     if not candidates:
         raise HeadError(expected="at least one head", got="none", where=f"attach(), site {about.site.name}")
-    return {str(name): _module(head, about) for name, head in candidates.items()}
+    return {str(name): head for name, head in candidates.items()}
+
+
+def _drop_costly(candidates: dict[str, Any], about: Site) -> list[str]:
+    """Leave out, of several, those of MESS's space that cannot pay; says which. HeadError when none is left."""
+    after, where = about.site.macs_after, f"exit {about.site.name}"
+    if len(candidates) == 1:
+        return []
+    macs = {}
+    for name, spec in candidates.items():
+        if isinstance(spec, MessSpec):
+            with torch.device("meta"):  # the widest hold hundreds of megabytes, and may be the first to go
+                macs[name] = _macs(_module(spec, about), about.site, f"{where}/{name}")
+    costly = [name for name in macs if macs[name] >= after]
+    if len(costly) == len(candidates):
+        check_pays(min(macs.values()), after, f"{where}, the cheapest of {len(macs)}")
+    for name in costly:
+        del candidates[name]
+    return [f"{about.site.name}: {len(costly)} of {len(macs)} heads left out, as they cost no less than the "
+            f"{after / 1e6:.3f} M MACs that leaving there saves: {', '.join(costly)}"] if costly else []
 
 
 def _module(head: Any, about: Site) -> nn.Module:
     if isinstance(head, HeadSpec):
         return build(head, about.site.live, about.num_classes, about.task, about.out_size)
+    if isinstance(head, MessSpec):
+        inverted = blocks_before(about.traced, about.site)
+        return build_mess(head, about.site.live, about.num_classes, about.out_size, inverted)
     if isinstance(head, ShortcutSpec):
         return build_shortcut(head, about.site, about.traced, about.logits)
     if not isinstance(head, nn.Module):
         raise HeadError(
-            expected="a HeadSpec, a ShortcutSpec or an nn.Module", got=type(head).__name__,
+            expected="a HeadSpec, a ShortcutSpec, a MessSpec or an nn.Module", got=type(head).__name__,
             where=f"attach(), site {about.site.name}",
         )
     return head

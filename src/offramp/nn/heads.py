@@ -213,7 +213,9 @@ def head_macs(head: nn.Module, frontier: Sequence[LiveTensor]) -> int:
 
     from offramp.cost import macs
 
-    ghost = copy.deepcopy(head).to("meta").eval()
+    # Weights are not copied: 64 heads of a wide site hold gigabytes.
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in head.parameters()}
+    ghost = copy.deepcopy(head, memo).to("meta").eval()
     rows = [torch.empty(1, *live.shape[1:], dtype=getattr(torch, live.dtype.removeprefix("torch.")), device="meta")
             for live in frontier]
     with torch.no_grad():

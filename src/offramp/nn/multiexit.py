@@ -138,6 +138,8 @@ class MultiExit(nn.Module):
         return self
 
     _frozen: bool = False
+    notes: tuple[str, ...] = ()
+    """What attach left out, and why."""
 
     def train(self, mode: bool = True) -> "MultiExit":
         super().train(mode)

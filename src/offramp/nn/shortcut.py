@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from offramp.errors import HeadError
 from offramp.graph import Stage, Traced, begin
 from offramp.nn.heads import HeadSpec
+from offramp.nn.mess import MessSpec
 from offramp.types import ExitSite
 
 __all__ = ["ShortcutHead", "ShortcutSpec", "build_shortcut", "spec_from_json"]
@@ -52,9 +53,11 @@ class ShortcutSpec:
         return cls(keep=None if keep is None else tuple(keep), share=float(record["data"]["share"]))
 
 
-def spec_from_json(record: Mapping[str, Any]) -> HeadSpec | ShortcutSpec:
-    """The spec of a head as a file keeps it, of either kind."""
-    return ShortcutSpec.from_json(record) if record.get("type") == "ShortcutSpec" else HeadSpec.from_json(record)
+def spec_from_json(record: Mapping[str, Any]) -> HeadSpec | ShortcutSpec | MessSpec:
+    """The spec of a head as a file keeps it, of any kind."""
+    kinds: dict[Any, Any] = {"ShortcutSpec": ShortcutSpec, "MessSpec": MessSpec}
+    made: HeadSpec | ShortcutSpec | MessSpec = kinds.get(record.get("type"), HeadSpec).from_json(record)
+    return made
 
 
 class ShortcutHead(nn.Module):
@@ -78,7 +81,7 @@ class ShortcutHead(nn.Module):
 
     def coarse(self, *frontier: Tensor) -> Tensor:
         """The same logits: where a copied tail resizes them, it may do more with them after."""
-        return self(*frontier)
+        return self(*frontier)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"keep={self.spec.keep}"
