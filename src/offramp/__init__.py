@@ -45,7 +45,8 @@ _FROM = {
     "Adaptive": "offramp.runtime", "Costs": "offramp.table", "Evidence": "offramp.types", "ExitColumn": "offramp.types",
     "ExitSite": "offramp.types", "ExitTable": "offramp.table", "HeadSpec": "offramp.nn.heads",
     "Latency": "offramp.table", "MessSpec": "offramp.nn.mess", "MultiExit": "offramp.nn.multiexit",
-    "OfframpError": "offramp.errors", "Plan": "offramp.types", "Policy": "offramp.types", "Recipe": "offramp.train.recipe",
+    "OfframpError": "offramp.errors", "Plan": "offramp.types", "Policy": "offramp.types",
+    "Recipe": "offramp.train.recipe",
     "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.choose.policies",
     "attach": "offramp.nn.attach", "bench": "offramp.runtime.bench", "calibrate": "offramp.choose.calibrate",
     "deploy": "offramp.runtime", "fit": "offramp.train.loop",
@@ -58,9 +59,9 @@ _FROM = {
 
 __all__ = [
     "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MessSpec",
-    "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench", "calibrate", "deploy",
-    "fit", "load_data", "load_model", "load_plan", "mess_space", "recipes", "record", "replay", "save_plan", "search",
-    "sites", "tune_",
+    "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench",
+    "calibrate", "deploy", "fit", "load_data", "load_model", "load_plan", "mess_space", "recipes", "record", "replay",
+    "save_plan", "search", "sites", "tune_",
 ]
 
 

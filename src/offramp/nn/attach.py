@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from offramp.errors import HeadError
 from offramp.graph import Traced, place, sites
 from offramp.nn.heads import HeadSpec, build, check_pays, default_spec, head_macs
-from offramp.nn.mess import MessHead, MessSpec, blocks_before, build_mess
+from offramp.nn.mess import MessSpec, blocks_before, build_mess
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.output import read_logits, task_of
 from offramp.nn.shortcut import ShortcutSpec, build_shortcut
@@ -91,10 +91,9 @@ def attach(
         made[site.name] = {name: _module(head, about) for name, head in candidates.items()}
         for name, module in made[site.name].items():
             where = f"exit {site.name}{'/' + name if name else ''}"
-            if not isinstance(module, MessHead) or len(candidates) == 1:
-                macs = _macs(module, site, where)
-                if not keep_costly:
-                    check_pays(macs, site.macs_after, where)
+            macs = _macs(module, site, where)
+            if not keep_costly:
+                check_pays(macs, site.macs_after, where)
     net = MultiExit(guest, traced, chosen, made, task=task, num_classes=num_classes, logits=read)
     net.notes = tuple(notes)
     return net
@@ -130,7 +129,8 @@ def _drop_costly(candidates: dict[str, Any], about: Site) -> list[str]:
     for name, spec in candidates.items():
         if isinstance(spec, MessSpec):
             with torch.device("meta"):  # the widest hold hundreds of megabytes, and may be the first to go
-                macs[name] = _macs(_module(spec, about), about.site, f"{where}/{name}")
+                module = _module(spec, about)
+            macs[name] = _macs(module, about.site, f"{where}/{name}")
     costly = [name for name in macs if macs[name] >= after]
     if len(costly) == len(candidates):
         check_pays(min(macs.values()), after, f"{where}, the cheapest of {len(macs)}")

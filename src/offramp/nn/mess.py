@@ -158,7 +158,7 @@ class MessHead(nn.Module):
         super().__init__()
         kind = spec.block if spec.block != "auto" else "inverted" if inverted else "residual"
         self.spec = MessSpec(**{**asdict(spec), "block": kind})
-        self.reading = reading
+        self.reading, self.classes = reading, num_classes
         width = max(1, reading.channels // spec.reduction)
         self.crm: nn.Module = nn.Identity() if spec.reduction == 1 else _unit(reading.channels, width, 1)
         self.blocks = nn.Sequential()
@@ -181,6 +181,19 @@ class MessHead(nn.Module):
     def on_map(self, x: Tensor) -> Tensor:
         """The logits of a joined map, not resized."""
         return self.last(self.blocks(self.crm(x)))  # type: ignore[no-any-return]
+
+    def macs(self) -> int:
+        """For one sample of the frontier that the head was made for: as counting it would give, but at once."""
+        height, width = self.reading.size
+        total = 0
+        for name, conv in self.named_modules():
+            if isinstance(conv, nn.Conv2d):
+                taps = conv.kernel_size[0] * conv.kernel_size[1]
+                if isinstance(conv, _Dilated):
+                    taps = (3 if height > conv.dilation[0] else 1) * (3 if width > conv.dilation[0] else 1)
+                places = 1 if name == "last.0.convs.4.0" else height * width
+                total += places * taps * conv.out_channels * conv.in_channels // conv.groups
+        return total + self.reading.macs(self.classes)
 
     def extra_repr(self) -> str:
         return self.spec.name

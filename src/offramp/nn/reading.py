@@ -60,6 +60,18 @@ class MapReading:
     def channels(self) -> int:
         return sum(read.channels for read in self.reads)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the one map, for the frontier that was read."""
+        return self.reads[self.goal].size
+
+    def macs(self, classes: int) -> int:
+        """Of both bilinear resizings for one sample, at 4 an element: the coarser maps', and the logits'."""
+        (height, width), out = self.size, self.scale or (0, 0)
+        coarser = [r for r in self.reads if r.size != self.size and (r.size[0] < height or r.size[1] < width)]
+        return 4 * height * width * sum(r.channels for r in coarser) + 4 * classes * round(height * out[0]) * round(
+            width * out[1])
+
     def join(self, frontier: Sequence[Tensor]) -> Tensor:
         """The one map (N, C, H, W)."""
         maps = [_to_map(frontier[read.index], read, self.aspect) for read in self.reads]
