@@ -1,11 +1,12 @@
 """Losses of exits. N samples, K classes; trailing axes (H W) are averaged over like samples."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.errors import OfframpError
 
-__all__ = ["cross_entropy", "kl_to_teacher"]
+__all__ = ["cross_entropy", "distillation", "kl_to_teacher", "positive_filtering"]
 
 
 def kl_to_teacher(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -38,5 +39,63 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
     >>> round(cross_entropy(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]])).item(), 4)
     0.6931
     """
-    total = F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum")
+    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignore, reduction="sum")
     return total / (labels != ignore).sum().clamp(min=1)
+
+
+def distillation(
+    logits: Tensor, labels: Tensor, teacher: Tensor, alpha: float = 0.5, temperature: float = 1.0, ignore: int = 255
+) -> Tensor:
+    r"""Labels and the network's own answer: logits and teacher (N, K, ...), labels (N, ...) -> scalar.
+
+    .. math:: \frac{1}{P} \sum_p \alpha \, \mathrm{CE}(z_p, y_p)
+              + (1 - \alpha) \, T^2 \, \mathrm{KL}(t_p / T \,\|\, z_p / T)
+
+    over the P labelled positions; ignored ones count for neither term. Hinton et al. (arXiv:1503.02531), with KL for
+    their soft cross-entropy: the same gradient, but zero where the exit says what the teacher says.
+
+    >>> import torch
+    >>> same, label = torch.tensor([[9.0, 0.0], [5.0, 0.0]]), torch.tensor([0, 255])
+    >>> distillation(same, label, same, alpha=0.0).item()
+    0.0
+    """
+    return _taught(logits, labels, teacher, alpha, temperature, ignore, None)
+
+
+def positive_filtering(
+    logits: Tensor, labels: Tensor, teacher: Tensor, alpha: float = 0.5, temperature: float = 1.0, ignore: int = 255
+) -> Tensor:
+    r"""Labels where the network itself is right, its own answer everywhere: MESS, Eq. 3.
+
+    .. math:: \frac{1}{P} \sum_p \alpha \, [\arg\max t_p = y_p] \, \mathrm{CE}(z_p, y_p)
+              + (1 - \alpha) \, \mathrm{KL}(t_p \,\|\, z_p)
+
+    logits and teacher (N, K, ...), labels (N, ...) -> scalar, over the P labelled positions, filtered ones among them:
+    where the network is often wrong, labels weigh less in all. Eq. 3 leaves open the direction of KL (ours is
+    Hinton's), the mean (ours is over labelled positions in both terms, so that padding and void teach nothing) and
+    the temperature (ours multiplies KL by T^2).
+
+    >>> import torch
+    >>> wrong = torch.tensor([[0.0, 9.0]])
+    >>> positive_filtering(torch.zeros(1, 2), torch.tensor([0]), wrong, alpha=1.0).item()
+    0.0
+    """
+    return _taught(logits, labels, teacher, alpha, temperature, ignore, teacher.argmax(1) == labels)
+
+
+def _taught(
+    logits: Tensor, labels: Tensor, teacher: Tensor, alpha: float, temperature: float, ignore: int,
+    counted: Tensor | None,
+) -> Tensor:
+    if logits.shape != teacher.shape or labels.shape != logits.shape[:1] + logits.shape[2:]:
+        raise OfframpError(
+            expected="logits and teacher of one shape (N, K, ...) and labels (N, ...)", where="distillation",
+            got=f"{tuple(logits.shape)}, {tuple(teacher.shape)} and {tuple(labels.shape)}",
+        )
+    valid = labels != ignore
+    told = labels.long() if counted is None else torch.where(counted, labels.long(), ignore)
+    hard = F.cross_entropy(logits.float(), told, ignore_index=ignore, reduction="sum")
+    student = (logits.float() / temperature).log_softmax(1)
+    goal = (teacher.detach().float() / temperature).log_softmax(1)
+    apart = (F.kl_div(student, goal, reduction="none", log_target=True).sum(1) * valid).sum()
+    return (alpha * hard + (1 - alpha) * temperature**2 * apart) / valid.sum().clamp(min=1)

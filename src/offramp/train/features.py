@@ -7,8 +7,8 @@ that are mapped, not read. The folder is complete or absent: it is written under
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import DataError
+from offramp.train.augment import changed
 from offramp.train.batches import Batch, Source, index_windows, seed_all
 from offramp.train.recipe import Recipe
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Features", "Refused", "collect", "frontiers", "module_fingerprint"]
 
-VERSION = 1
+VERSION = 2
+CHANCE = ("views", "augment", "augment_pair", "seed")
 FP16_LARGEST = float(torch.finfo(torch.float16).max)
 
 
@@ -45,6 +47,8 @@ class Features:
     """N."""
     batch_size: int
     seed: int
+    labels: Tensor | None = None
+    """(V * N, ...) int16, for recipes that read them."""
 
     @property
     def views(self) -> int:
@@ -71,23 +75,27 @@ class Features:
         # In order of place: neighbours on disk are read together, and the order within a batch means nothing.
         rows = rows.sort().values.to(self.teacher.device)
         return Batch(args=tuple(tuple(_take(t, rows) for t in site) for site in self.tensors),
-                     teacher=self.teacher.index_select(0, rows))
+                     teacher=self.teacher.index_select(0, rows),
+                     labels=None if self.labels is None else self.labels.index_select(0, rows).long())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Features":
+        """The function applied to every tensor."""
+        return replace(self, tensors=tuple(tuple(map(function, site)) for site in self.tensors),
+                       teacher=function(self.teacher), labels=None if self.labels is None else function(self.labels))
 
     def rows(self, rows: Tensor, count: int) -> "Features":
         """Some of the rows, in memory: ``count`` samples, view by view."""
-        return Features(tuple(tuple(t.index_select(0, rows) for t in site) for site in self.tensors),
-                        self.teacher.index_select(0, rows), count, self.batch_size, self.seed)
+        return replace(self.map(lambda t: t.index_select(0, rows)), count=count)
 
     def site(self, k: int) -> "Features":
         """One site's alone."""
-        return Features((self.tensors[k],), self.teacher, self.count, self.batch_size, self.seed)
+        return replace(self, tensors=(self.tensors[k],))
 
     def to(self, device: torch.device) -> "Features":
         """On the device, where a third of its free memory holds them; else as they are."""
         if device.type != "cuda" or self.nbytes * 3 > torch.cuda.mem_get_info(device)[0]:
             return self
-        return Features(tuple(tuple(t.to(device) for t in site) for site in self.tensors), self.teacher.to(device),
-                        self.count, self.batch_size, self.seed)
+        return self.map(lambda t: t.to(device))
 
 
 def _take(tensor: Tensor, rows: Tensor) -> Tensor:
@@ -115,10 +123,10 @@ def collect(
     Refused when it would be larger than ``limit_bytes``, when shapes differ from batch to batch, or when features do
     not fit fp16. DataError when the disk is too full (before anything is written), or on answers that are not numbers.
     """
-    if recipe.augment is not None and recipe.views == 1:
+    if recipe.augmented and recipe.views == 1:
         raise Refused("an augmentation without views is drawn anew in every pass")
     key = {"version": VERSION, "backbone": module_fingerprint(net.backbone), "sites": [site.name for site in net.sites],
-           "rows": source.count, "recipe": {k: recipe.to_json()["data"][k] for k in ("views", "augment", "seed")}}
+           "rows": source.count, "recipe": {k: recipe.to_json()["data"][k] for k in CHANCE}}
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     if (folder / "meta.json").is_file():
@@ -154,8 +162,8 @@ def _write(
             seed_all(recipe.seed, view, number)
             first = first or _digest(batch)
             batch = batch.map(lambda t: t.to(device))
-            if view and recipe.augment is not None:
-                batch = Batch(args=tuple(recipe.augment(a) for a in batch.args), kwargs=batch.kwargs)
+            if view or recipe.augment_pair is not None:
+                batch = changed(batch, recipe)
             with torch.no_grad():
                 sites, teacher = frontiers(net, batch)
             if not torch.isfinite(teacher).all():
@@ -163,9 +171,11 @@ def _write(
                 raise DataError(expected="finite logits from the backbone", got="NaN or infinity",
                                 where=f"batch {number}", todo=todo)
             rows = [[_shrink(t) for t in site] for site in sites] + [[teacher.float().cpu()]]
+            if batch.labels is not None:
+                rows.append([batch.labels.short().cpu()])
             if not files:
                 total = _check_room(rows, source.count * recipe.views, limit_bytes, part)
-                files = _create(rows, source.count * recipe.views, part)
+                files = _create(rows, source.count * recipe.views, part, len(sites))
             upto = done + len(teacher)
             for held, new in zip(files, rows, strict=True):
                 for file, tensor in zip(held, new, strict=True):
@@ -180,7 +190,8 @@ def _write(
     for held in files:
         for file in held:
             file.flush()
-    return {"count": counts[0], "first": first, "bytes": total, "tensors": [len(held) for held in files[:-1]]}
+    return {"count": counts[0], "first": first, "bytes": total, "tensors": [len(held) for held in files[: len(sites)]],
+            "labels": batch.labels is not None}
 
 
 def _shrink(tensor: Tensor) -> Tensor:
@@ -205,10 +216,10 @@ def _check_room(rows: Sequence[Sequence[Tensor]], count: int, limit_bytes: int, 
     return total
 
 
-def _create(rows: Sequence[Sequence[Tensor]], count: int, part: Path) -> list[list[Any]]:
+def _create(rows: Sequence[Sequence[Tensor]], count: int, part: Path, sites: int) -> list[list[Any]]:
     part.mkdir(parents=True)
     return [
-        [np.lib.format.open_memmap(part / _name(k, j, len(rows) - 1), mode="w+", dtype=tensor.numpy().dtype,
+        [np.lib.format.open_memmap(part / _name(k, j, sites), mode="w+", dtype=tensor.numpy().dtype,
                                    shape=(count, *tensor.shape[1:]))
          for j, tensor in enumerate(held)]
         for k, held in enumerate(rows)
@@ -216,7 +227,7 @@ def _create(rows: Sequence[Sequence[Tensor]], count: int, part: Path) -> list[li
 
 
 def _name(k: int, j: int, sites: int) -> str:
-    return "teacher.npy" if k == sites else f"site{k}_{j}.npy"
+    return f"site{k}_{j}.npy" if k < sites else ("teacher.npy", "labels.npy")[k - sites]
 
 
 def _open(folder: Path, meta: dict[str, Any], recipe: Recipe) -> Features:
@@ -230,6 +241,7 @@ def _open(folder: Path, meta: dict[str, Any], recipe: Recipe) -> Features:
     return Features(
         tuple(tuple(mapped(_name(k, j, len(sites))) for j in range(number)) for k, number in enumerate(sites)),
         mapped("teacher.npy"), meta["count"], recipe.batch_size, recipe.seed,
+        mapped("labels.npy") if meta["labels"] else None,
     )
 
 

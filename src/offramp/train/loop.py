@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import DataError, FileFormatError, OfframpError
-from offramp.functional.losses import cross_entropy, kl_to_teacher
 from offramp.train import checkpoint
+from offramp.train.augment import augmented
 from offramp.train.batches import Batch, Source, rng_kept, seed_all, source_of
 from offramp.train.features import Features, module_fingerprint
 from offramp.train.history import EpochRecord, History, Log
 from offramp.train.parallel import shared_batch_norm
 from offramp.train.recipe import Recipe
 from offramp.train.setup import accelerated, as_found, cached, drop_features, run_folder, set_modes, show_progress
+from offramp.train.step import Exits, Pass, means, measure, trained
 
 if TYPE_CHECKING:
     from offramp.nn.multiexit import MultiExit
@@ -67,6 +68,7 @@ def fit(
     DataError on empty or unusable data or a full disk; FileFormatError when the checkpoint is of another run;
     OfframpError when the loss is not a number, with the step, before any weight has taken harm from it.
     """
+    count = len(net.columns) - recipe.freeze
     faults = [
         text for text, wrong in {
             f"accumulate >= 1, not {accumulate}": accumulate < 1,
@@ -74,13 +76,12 @@ def fit(
             f"cache_bytes >= 0, not {cache_bytes}": cache_bytes < 0,
             f"precision None or 'bf16', not {precision!r}": precision not in (None, "bf16"),
             f"engine 'eager' or 'compile', not {engine!r}": engine not in ("eager", "compile"),
-            f"{_trained(net, recipe)} weights, not {recipe.weights}":
-                recipe.weights is not None and len(recipe.weights) != _trained(net, recipe),
+            f"{count} weights, not {recipe.weights}": recipe.weights is not None and len(recipe.weights) != count,
         }.items() if wrong
     ]
     if faults:
         raise OfframpError("fit(): expected " + "; ".join(faults) + ".")
-    labels = recipe.loss == "labels"
+    labels = recipe.reads_labels
     source = source_of(data, batch_size=recipe.batch_size, labels=labels, seed=recipe.seed)
     checks: Source | None = None
     if validate is not None and (not callable(validate) or hasattr(validate, "__getitem__")):
@@ -88,7 +89,8 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(rng_kept())
         stack.enter_context(as_found(net))
-        accelerator = stack.enter_context(accelerated(device, precision, find_unused=not recipe.freeze))
+        accelerator = stack.enter_context(accelerated(device, precision, 
+                                                    find_unused=len(trained(net, recipe)) < count or not recipe.freeze))
         net.to(accelerator.device)
         set_modes(net, recipe)
         folder = run_folder(run_dir, stack, accelerator)
@@ -122,34 +124,6 @@ def restore(net: "MultiExit", run_dir: str | Path) -> History:
                    notes=tuple(state["notes"]))
 
 
-def _trained(net: "MultiExit", recipe: Recipe) -> int:
-    return len(net.columns) - (recipe.loss == "teacher")
-
-
-class _OnInputs(nn.Module):
-    """The network with its exits, fed with inputs."""
-
-    def __init__(self, net: "MultiExit") -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        return self.net(*args, **kwargs)  # type: ignore[no-any-return]
-
-
-class _OnFeatures(nn.Module):
-    """The heads alone, fed with the frontiers of every site."""
-
-    def __init__(self, net: "MultiExit") -> None:
-        super().__init__()
-        self.heads = net.heads
-        order = {site.name: k for k, site in enumerate(net.sites)}
-        self.plan = [(net.head(column.name), order[column.site]) for column in net.columns[:-1]]
-
-    def forward(self, args: tuple[tuple[Tensor, ...], ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        return [head(*args[site]) for head, site in self.plan]
-
-
 @dataclass
 class _Run:
     net: "MultiExit"
@@ -164,7 +138,7 @@ class _Run:
 
     def identify(self, source: Source) -> None:
         """What must be the same for a checkpoint to be of this run."""
-        self.columns = [column.name for column in self.net.columns[: _trained(self.net, self.recipe)]]
+        self.columns = [self.net.columns[c].name for c in trained(self.net, self.recipe)]
         self.identity: dict[str, Any] = {
             "recipe": self.recipe.to_json(), "columns": self.columns, "samples": source.count,
             "accumulate": self.accumulate,
@@ -181,9 +155,8 @@ class _Run:
 
     def prepare(self, source: Source) -> None:
         recipe = self.recipe
-        self.weights = recipe.weights or (1.0,) * len(self.columns)
         self.owner: nn.Module = self.net.heads if recipe.freeze else self.net
-        self.trainee = _OnFeatures(self.net) if isinstance(source, Features) else _OnInputs(self.net)
+        exits = Exits(self.net, heads_alone=isinstance(source, Features), stride=recipe.loss_stride)
         parameters = {n: p for n, p in self.owner.named_parameters() if p.requires_grad}
         if not parameters:
             raise OfframpError(expected="something to train", got="no parameter that takes gradients", where="fit()")
@@ -196,10 +169,11 @@ class _Run:
         else:
             optimiser = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
         # Batches come in two sizes, the last one of an epoch being smaller: two static graphs beat one dynamic.
-        trainee = torch.compile(self.trainee, dynamic=False) if self.engine == "compile" else self.trainee
-        self.model, self.optimiser = self.accelerator.prepare(trainee, optimiser)
+        whole = torch.compile(exits, dynamic=False) if self.engine == "compile" else exits
+        self.model, self.optimiser = self.accelerator.prepare(whole, optimiser)
+        self.forward_backward = Pass(self.net, recipe, exits, self.model, self.accelerator)
         self.mean = {n: p.detach().clone() for n, p in parameters.items()} if recipe.ema else {}
-        self.sums = torch.zeros(2 + 3 * len(self.columns), dtype=torch.float64)
+        self.sums = torch.zeros(len(self.columns), 6, dtype=torch.float64)
         self.steps_an_epoch = source.steps(self.accumulate)
         self.steps = self.steps_an_epoch * recipe.epochs
         self.identity |= {"steps": self.steps, "cached": isinstance(source, Features)}
@@ -271,14 +245,15 @@ class _Run:
             group["lr"] = lr
         seed_all(self.recipe.seed, 1, self.step)
         total = sum(len(batch) for batch in window)
-        said = torch.zeros_like(self.sums)
+        said = torch.zeros_like(self.sums, device=self.accelerator.device)
         for number, batch in enumerate(window):
             last = number == len(window) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 said += self._backward(batch, total)
+        said = said.cpu()  # once a step: on accelerators it waits for all that was asked for
         whole = self.accelerator.reduce(said.to(self.accelerator.device), "sum").cpu()
         if not torch.isfinite(whole).all():
-            wrong = [n for n, value in zip(self.columns, whole[2:].tolist(), strict=False) if not math.isfinite(value)]
+            wrong = [n for n, value in zip(self.columns, whole[:, 0].tolist(), strict=True) if not math.isfinite(value)]
             raise OfframpError(
                 expected="a finite loss", got=f"NaN or infinity at {', '.join(wrong)}",
                 where=f"fit(), step {self.step}",
@@ -302,23 +277,10 @@ class _Run:
         share = batch.rows(slice(rank, None, world)) if world > 1 else batch
         counts = len(batch) > rank  # else the process goes along with a row that counts for nothing
         share = (share if counts else batch.rows(slice(0, 1))).map(lambda t: t.to(self.accelerator.device))
-        augment = self.recipe.augment
-        # Views of a live pass: as it is, as often as it would be drawn from a cache.
-        plain = self.recipe.views > 1 and float(torch.rand(())) * self.recipe.views < 1
-        if augment is not None and share.teacher is None and not plain:
-            share = Batch(args=tuple(augment(a) for a in share.args), kwargs=share.kwargs, labels=share.labels)
-        logits = self.model(share.args, share.kwargs)
-        teacher = (logits[-1] if share.teacher is None else share.teacher).detach()
-        losses = []
-        for said in logits[: len(self.columns)]:
-            if share.labels is None:
-                losses.append(kl_to_teacher(said, teacher, self.recipe.temperature))
-            else:
-                losses.append(cross_entropy(said, share.labels))
-        loss = sum(w * one for w, one in zip(self.weights, losses, strict=True))
+        if share.teacher is None:
+            share = augmented(share, self.recipe)
         rows = len(share) if counts else 0
-        self.accelerator.backward(loss * (rows * world / total))  # DDP averages over processes
-        return _said(logits[: len(self.columns)], teacher, share.labels, losses, rows)
+        return self.forward_backward(share, self.step, rows, rows * world / total)  # DDP averages over processes
 
     def _record(self, epoch: int, lr: float, seconds: float, checks: Source | None, custom: Any) -> EpochRecord:
         sums = self.accelerator.reduce(self.sums.to(self.accelerator.device), "sum").cpu()
@@ -327,48 +289,10 @@ class _Run:
         if checks is not None or custom is not None:
             with as_found(self.net):
                 self.net.eval()
-                validation = dict(custom(self.net)) if checks is None else self._measure(checks)
+                validation = dict(custom(self.net)) if checks is None else measure(
+                    self.net, self.recipe, checks, self.accelerator.device)
         return EpochRecord(epoch=epoch, step=self.step, lr=lr, seconds=seconds, validation=validation,
-                           **_means(sums, self.columns))
-
-    def _measure(self, source: Source) -> Mapping[str, Any]:
-        sums = torch.zeros_like(self.sums)
-        model = _OnFeatures(self.net) if isinstance(source, Features) else _OnInputs(self.net)
-        with torch.no_grad():
-            for batch in source.sweep():
-                batch = batch.map(lambda t: t.to(self.accelerator.device))
-                logits = model(batch.args, batch.kwargs)
-                teacher = logits[-1] if batch.teacher is None else batch.teacher
-                losses = [kl_to_teacher(said, teacher) for said in logits[: len(self.columns)]]
-                sums += _said(logits[: len(self.columns)], teacher, batch.labels, losses, len(batch))
-        return _means(sums, self.columns)
-
-
-def _said(
-    logits: list[Tensor], teacher: Tensor, labels: Tensor | None, losses: list[Tensor], rows: int
-) -> Tensor:
-    """(2 + 3E,): samples, labelled samples, then loss, agreement and accuracy of each column, summed over samples."""
-    with torch.no_grad():
-        own = teacher.argmax(1)
-        answers = [said.argmax(1) for said in logits]
-        agree = [(a == own).double().mean() for a in answers]
-        right, known = [own.new_zeros((), dtype=torch.float64)] * len(logits), 0.0
-        if labels is not None:
-            valid = labels != 255
-            known = float(valid.any()) * rows
-            right = [((a == labels) & valid).sum().double() / valid.sum().clamp(min=1) for a in answers]
-        each = torch.stack([*(one.detach().double() for one in losses), *agree]) * rows
-        hits = torch.stack(right) * known
-    return torch.cat([torch.tensor([float(rows), known], dtype=torch.float64), each.cpu(), hits.cpu()])
-
-
-def _means(sums: Tensor, columns: list[str]) -> dict[str, dict[str, float]]:
-    loss, agreement, hits = sums[2:].chunk(3)
-    made = {"loss": dict(zip(columns, (loss / sums[0]).tolist(), strict=True)),
-            "agreement": dict(zip(columns, (agreement / sums[0]).tolist(), strict=True)), "accuracy": {}}
-    if sums[1]:
-        made["accuracy"] = dict(zip(columns, (hits / sums[1]).tolist(), strict=True))
-    return made
+                           **means(sums, self.columns))
 
 
 def _load_module(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from offramp.errors import OfframpError
 __all__ = ["Recipe"]
 
 Augment = Callable[[Tensor], Tensor]
+AugmentPair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +25,28 @@ class Recipe:
     offramp.errors.OfframpError: Recipe: expected epochs >= 1, not 0; lr > 0, not -1.0.
     """
 
-    loss: Literal["teacher", "labels"]
+    loss: Literal["teacher", "labels", "kd", "pfd"]
     """``teacher``: KL from the network's own output to each early exit, no label is read. ``labels``: cross-entropy of
-    every exit, the final one included."""
+    every trained exit. ``kd``, ``pfd``: both for each early exit, ``functional.losses.distillation`` and
+    ``positive_filtering``."""
     epochs: int
     """Passes over the N samples (with several views, each pass takes one view of each sample)."""
     freeze: bool = True
     """Whether the backbone stays as it is: no gradients, eval mode, buffers untouched. Needed for cached features."""
     temperature: float = 1.0
     """Softens both sides of the teacher loss; confidences are calibrated best near 1."""
+    alpha: float = 0.5
+    """Share of the labels in ``kd`` and ``pfd``; the teacher has the rest."""
     weights: tuple[float, ...] | None = None
-    """One weight for each column in order of depth, the final one included for ``labels``; None gives each exit 1."""
+    """One weight for each column in order of depth, the final one included unless ``freeze``; None gives each exit 1.
+    What weighs 0 is neither trained nor computed."""
+    dropout: Literal["round_robin", "printed", "all"] | None = None
+    """Which early exits a step trains, and computes: None all of them; ``round_robin`` one after another; ``printed``
+    exit i where step j (from 1) is a multiple of i, as MESS's Eq. 2 has it; ``all`` none of them. The final exit is
+    never left out."""
+    loss_stride: int = 1
+    """Of dense logits: losses are computed on a grid so many times coarser than the output (labels by the nearest
+    pixel), and heads that can are not upsampled before."""
     batch_size: int = 128
     """For datasets and cached features; a DataLoader keeps its own when nothing is cached."""
     optimiser: Literal["adamw", "sgd"] = "adamw"
@@ -57,14 +69,22 @@ class Recipe:
     with an augmentation caches nothing: each pass is drawn anew."""
     augment: Augment | None = None
     """Takes a batch of inputs, gives a changed batch of the same shape; it may draw from torch's global generator."""
+    augment_pair: AugmentPair | None = None
+    """Like ``augment``, for recipes that read labels: takes and gives (inputs, labels), which move together and may
+    change their size. All views are drawn, the first one too, so that they have one size."""
     seed: int = 0
     """All that is random follows from it and the step's number alone, so that a resumed run repeats an unbroken one."""
 
     def __post_init__(self) -> None:
         checks = {
-            f"loss teacher or labels, not {self.loss!r}": self.loss in ("teacher", "labels"),
+            f"loss teacher, labels, kd or pfd, not {self.loss!r}": self.loss in ("teacher", "labels", "kd", "pfd"),
             f"epochs >= 1, not {self.epochs}": self.epochs >= 1,
             f"temperature > 0, not {self.temperature}": self.temperature > 0,
+            f"alpha in [0, 1], not {self.alpha}": 0 <= self.alpha <= 1,
+            f"dropout round_robin, printed, all or None, not {self.dropout!r}":
+                self.dropout in (None, "round_robin", "printed", "all"),
+            "freeze=False for dropout='all', which leaves the final exit": not (self.freeze and self.dropout == "all"),
+            f"loss_stride >= 1, not {self.loss_stride}": self.loss_stride >= 1,
             f"weights >= 0 with one above, not {self.weights}":
                 self.weights is None or (all(w >= 0 for w in self.weights) and any(self.weights)),
             f"batch_size >= 1, not {self.batch_size}": self.batch_size >= 1,
@@ -78,12 +98,40 @@ class Recipe:
             f"clip > 0 or None, not {self.clip}": self.clip is None or self.clip > 0,
             f"ema in (0, 1) or None, not {self.ema}": self.ema is None or 0 < self.ema < 1,
             f"views >= 1, not {self.views}": self.views >= 1,
-            f"an augment for {self.views} views, which would else be the same": self.views <= 1 or bool(self.augment),
-            "freeze=True for the teacher loss, whose teacher is the frozen network":
+            f"an augment for {self.views} views, which would else be the same": self.views <= 1 or self.augmented,
+            "augment or augment_pair, not both": not (self.augment and self.augment_pair),
+            "augment_pair with a loss that reads labels, augment for the teacher loss":
+                self.reads_labels or self.augment_pair is None,
+            f"freeze=True for the {self.loss} loss, whose teacher is the frozen network":
                 self.freeze or self.loss == "labels",
         }
         if faults := [expected for expected, holds in checks.items() if not holds]:
             raise OfframpError("Recipe: expected " + "; ".join(faults) + ".")
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.loss != "teacher"
+
+    @property
+    def augmented(self) -> bool:
+        return self.augment is not None or self.augment_pair is not None
+
+    def turn(self, step: int, early: int) -> tuple[int, ...]:
+        """Which of so many early exits learn in a step.
+
+        >>> [recipe.turn(step, 3) for recipe in (Recipe(loss="labels", epochs=1, dropout="round_robin"),
+        ...                                      Recipe(loss="labels", epochs=1, dropout="printed")) for step in (3, 4)]
+        [(0,), (1,), (0, 1), (0,)]
+        """
+        match self.dropout:
+            case "round_robin":
+                return (step % early,) if early else ()
+            case "printed":
+                return tuple(i for i in range(early) if (step + 1) % (i + 1) == 0)
+            case "all":
+                return ()
+            case _:
+                return tuple(range(early))
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of a step in [0, steps).
@@ -107,9 +155,11 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain values; a callable is named by its module and name, to be compared, not to be imported."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.augment is not None:
-            name = getattr(self.augment, "__qualname__", type(self.augment).__qualname__)
-            data["augment"] = f"{getattr(self.augment, '__module__', '')}:{name}"
+        for name in ("augment", "augment_pair"):
+            if (function := data[name]) is not None:
+                kind = type(function)
+                own = repr(function) if is_dataclass(kind) else getattr(function, "__qualname__", kind.__qualname__)
+                data[name] = f"{getattr(function, '__module__', '')}:{own}"
         if self.weights is not None:
             data["weights"] = list(self.weights)
         return {"type": "Recipe", "version": 1, "data": data}

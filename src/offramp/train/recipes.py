@@ -1,14 +1,18 @@
 """Recipes are functions that return a ``Recipe``; new ones call old ones (``dataclasses.replace``)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.train.recipe import Augment, Recipe
+from offramp.train.augment import scale_crop_flip
+from offramp.train.recipe import Augment, AugmentPair, Recipe
 
-__all__ = ["flip", "flip_shift", "joint", "label_free"]
+__all__ = ["exit_aware", "final_only", "flip", "flip_shift", "frozen", "joint", "kd", "label_free", "mess",
+           "scale_crop_flip", "self_distill"]
 
 
 def label_free(
@@ -30,18 +34,84 @@ def label_free(
 
 def joint(
     *, weights: Sequence[float] | None = None, epochs: int = 30, lr: float = 0.01, batch_size: int = 128,
-    weight_decay: float = 5e-4, schedule: str = "poly", clip: float | None = None, augment: Augment | None = None,
-    seed: int = 0,
+    weight_decay: float = 5e-4, schedule: str = "poly", warmup: float = 0.05, clip: float | None = None,
+    augment: Augment | None = None, augment_pair: AugmentPair | None = None, loss_stride: int = 1, seed: int = 0,
 ) -> Recipe:
     """The network and its exits learn from labels: a weighted sum of the exits' cross-entropies, the final included.
 
-    BranchyNet (arXiv:1709.01686), MSDNet (arXiv:1703.09844) and ADP-C train so; equal weights unless given.
+    BranchyNet (arXiv:1709.01686), MSDNet (arXiv:1703.09844) and ADP-C train so; equal weights unless given. MESS's
+    end-to-end baseline (its Table 5) is ``joint(lr=0.02, weight_decay=1e-4, warmup=0)``.
     """
     return Recipe(
         loss="labels", freeze=False, epochs=epochs, lr=lr, batch_size=batch_size, optimiser="sgd",
-        weight_decay=weight_decay, schedule=schedule, clip=clip, augment=augment,  # type: ignore[arg-type]
+        weight_decay=weight_decay, schedule=schedule, warmup=warmup, clip=clip,  # type: ignore[arg-type]
+        augment=augment, augment_pair=augment_pair, loss_stride=loss_stride,
         weights=None if weights is None else tuple(weights), seed=seed,
     )
+
+
+def exit_aware(
+    *, epochs: int, lr: float = 0.02, dropout: Literal["round_robin", "printed"] = "round_robin", batch_size: int = 8,
+    weight_decay: float = 1e-4, clip: float | None = None, augment_pair: AugmentPair | None = None,
+    loss_stride: int = 1, seed: int = 0,
+) -> Recipe:
+    """MESS's first stage (section 4.3): end to end from labels, each step through the final exit and one early one.
+
+    ``round_robin``, its text's reading, takes the early exits one after another; ``printed`` is Eq. 2's (j mod i = 0),
+    which trains the first exit in every step. SGD, momentum 0.9, poly 0.9 as in A.2; our momentum is Nesterov's, and
+    biases and norms do not decay. Attach plain FCN heads; the second stage then takes another net around the same
+    network, whose weights ``attach`` shares::
+
+        fit(attach(model, x, exits=5, heads=fcn), train, exit_aware(epochs=60), run_dir="first")
+        fit(net := attach(model, x, exits=5, heads=mess_space()), train, mess(epochs=20), run_dir="second")
+    """
+    return replace(joint(
+        epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, warmup=0.0, clip=clip,
+        augment_pair=augment_pair, loss_stride=loss_stride, seed=seed,
+    ), dropout=dropout)
+
+
+def frozen(
+    *, epochs: int, lr: float = 0.02, batch_size: int = 8, weight_decay: float = 1e-4, views: int = 1,
+    augment_pair: AugmentPair | None = None, weights: Sequence[float] | None = None, loss_stride: int = 1,
+    seed: int = 0,
+) -> Recipe:
+    """Heads alone learn from labels, the network and its final exit stay: SDN (arXiv:1810.07052), MESS's baseline."""
+    return Recipe(
+        loss="labels", epochs=epochs, lr=lr, batch_size=batch_size, optimiser="sgd", weight_decay=weight_decay,
+        schedule="poly", warmup=0.0, views=views, augment_pair=augment_pair, loss_stride=loss_stride,
+        weights=None if weights is None else tuple(weights), seed=seed,
+    )
+
+
+def kd(*, alpha: float = 0.5, temperature: float = 2.0, **how: Any) -> Recipe:
+    """Heads alone learn from labels and, softened, from the frozen network: Hinton et al. (arXiv:1503.02531).
+
+    MESS's baseline; its alpha is 0.5 (A.2), its temperature is not given. ``how`` is that of :func:`frozen`.
+    """
+    return replace(frozen(**how), loss="kd", alpha=alpha, temperature=temperature)
+
+
+def self_distill(*, alpha: float = 0.5, **how: Any) -> Recipe:
+    """Heads alone learn from labels and from the frozen final exit as it is, T = 1.
+
+    Self-distillation of exits (arXiv:1905.08094) trains end to end and adds an L2 hint between features, which heads
+    of other shapes than the network's own do not have: what remains is its (1 - a) CE + a KL, as MESS describes it.
+    """
+    return replace(frozen(**how), loss="kd", alpha=alpha)
+
+
+def mess(*, alpha: float = 0.5, **how: Any) -> Recipe:
+    """MESS's second stage (section 4.3): heads alone, Positive Filtering Distillation (Eq. 3).
+
+    Labels count where the frozen network is right, its own answer everywhere. ``how`` is that of :func:`frozen`.
+    """
+    return replace(frozen(**how), loss="pfd", alpha=alpha)
+
+
+def final_only(**how: Any) -> Recipe:
+    """The network alone, from labels; early exits are neither trained nor computed. ``how``: see :func:`exit_aware`."""
+    return replace(exit_aware(**how), dropout="all")
 
 
 def flip(images: Tensor) -> Tensor:
