@@ -4,21 +4,25 @@ n rows of a call, m of them undecided, E exits (the plan's, then the backbone), 
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from offramp.errors import OfframpError, PlanError
 from offramp.graph import State
 from offramp.nn.guest import fingerprint_of
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.output import with_logits
+from offramp.runtime import anytime
 from offramp.runtime._evidence import Gather, gather_for
 from offramp.runtime._legs import Build, Engine, Leg, Legs, build_legs
 from offramp.runtime._output import Assembly, rows_of
 from offramp.runtime._shrink import Crossover, Shrinker
+from offramp.runtime.budgeted import cut_short
 from offramp.types import Plan
 
 __all__ = ["Adaptive", "Answer", "deploy"]
@@ -46,16 +50,23 @@ class Adaptive(nn.Module):
     """A network that takes as many stages as each input needs; made by :func:`deploy`.
 
     ``fast(x)`` answers as the untouched network would, in type, keys and order of rows. ``fast.stream(x)`` gives rows
-    as soon as they are decided, ``fast.each(callback, x)`` calls back with them. Any number of threads may call.
+    as soon as they are decided, ``fast.each(callback, x)`` calls back with them, ``fast.anytime(x, deadline_ms=30)``
+    gives ever better answers for all of them. Any number of threads may call.
+
+    What it does is the plan's ``setting``. "input_dependent": rows leave by the plan's policy. "budgeted": all end at
+    the plan's one exit; deeper weights are gone. "anytime": ``fast(x)`` is the last answer, and earlier exits do not
+    run; ``fast.anytime(x)`` gives them all.
     """
 
-    def __init__(self, legs: Legs, plan: Plan, *, template: Any, read: Callable[[Any], Tensor], gather: Gather,
-                 shrink: bool | Literal["auto"], engine: Engine) -> None:
+    def __init__(self, legs: Legs, plan: Plan, *, answer: Callable[[Tensor], Any], gather: Gather,
+                 shrink: bool | Literal["auto"], engine: Engine, pace: anytime.Pace) -> None:
         super().__init__()
         self.plan, self.engine = plan, engine
         self.body = legs.module  # the copy of the guest and the chosen heads, for .parameters() and friends
-        self._built, self._legs, self._template, self._read = legs, legs.legs, template, read
-        self._gather = gather
+        self._built, self._legs = legs, legs.legs
+        self.answer = answer
+        """Puts an exit's logits in the form of the network's output."""
+        self.gather, self.pace = gather, pace
         self._shrinker = Shrinker(shrink, len(legs.legs))
         self._last = threading.local()
         self.training = False
@@ -88,6 +99,19 @@ class Adaptive(nn.Module):
         self._note(exits, count)
         return whole.output()
 
+    def anytime(self, *args: Any, deadline_ms: float | None = None, **kwargs: Any) -> anytime.Anytime:
+        """Answers for all rows, each better than the one before, until ``deadline_ms`` after this call.
+
+        Each is an :class:`~offramp.runtime.anytime.Refined`. The first comes whatever the deadline; a deeper leg starts
+        only where it should end in time by its running median (:class:`~offramp.runtime.anytime.Pace`; ``calibrate``
+        fills it beforehand). Without a deadline every exit speaks. Where the plan is input-dependent, rows that its
+        policy settled keep their answer, and the answers end once all are settled.
+        """
+        start = anytime.now()
+        with torch.inference_mode():
+            state = self._built.begin(*args, **kwargs)
+        return anytime.Anytime(self, state, deadline_ms, start)
+
     @property
     def shrink(self) -> bool | Literal["auto"]:
         """Whether the batch drops the rows that left, or a measured crossover says when."""
@@ -106,8 +130,13 @@ class Adaptive(nn.Module):
     def calibrate(self, *args: Any, **kwargs: Any) -> tuple[Crossover | None, ...]:
         """Measure on such inputs, of the batch size to come, at which stages shrinking pays; ``shrink="auto"`` obeys.
 
-        Without it each stage is measured the first time that rows leave before it.
+        Without it each stage is measured the first time that rows leave before it. For an "anytime" plan the legs are
+        timed instead, for the deadlines to come.
         """
+        if self.plan.setting == "anytime":
+            for _ in range(4):  # the first is not kept
+                deque(self.anytime(*args, **kwargs), maxlen=0)
+            return self._shrinker.crossovers
         state: Any = self._built.begin(*args, **kwargs)
         for k, leg in enumerate(self._legs):
             if k and self._legs[k - 1].may_shrink and state.rows > 1:
@@ -126,15 +155,19 @@ class Adaptive(nn.Module):
         parts: list[Any] = []  # what each exit so far said of them
         # Inference mode is left around each yield: it is a mode of the thread, and the caller's code runs there.
         for k, leg in enumerate(self._legs[:-1]):
+            if self.plan.setting == "anytime":
+                with torch.inference_mode():
+                    state = leg.only_stage(state)
+                continue
             with torch.inference_mode():
                 state, logits, score = leg.run(state)
                 if alive is not None:
                     logits, score = logits[alive], None if score is None else score[alive]
-                leaves = self._ask(k, logits, score, parts)
+                leaves = self.ask(k, logits, score, parts)
                 count = int(leaves.sum())
                 if count == 0:
                     continue
-                output = with_logits(self._template, logits, self._read)
+                output = self.answer(logits)
                 if count == len(leaves):
                     picked, gone = None, rows
                 else:
@@ -146,7 +179,7 @@ class Adaptive(nn.Module):
             del logits, score, output
             with torch.inference_mode():
                 stay = (~leaves).nonzero().squeeze(1)
-                parts[:] = [self._gather.keep(part, stay) for part in parts]
+                parts[:] = [self.gather.keep(part, stay) for part in parts]
                 rows = stay if rows is None else rows[stay]
                 places = stay if alive is None else alive[stay]
                 ahead = self._legs[k + 1]
@@ -158,8 +191,9 @@ class Adaptive(nn.Module):
             output = self._legs[-1].only_stage(state)
         yield _Piece(rows, alive, output, len(self._legs) - 1)
 
-    def _ask(self, k: int, logits: Tensor, score: Tensor | None, parts: list[Any]) -> Tensor:
-        gather, total = self._gather, len(logits)
+    def ask(self, k: int, logits: Tensor, score: Tensor | None, parts: list[Any]) -> Tensor:
+        """Which of the undecided rows leave at exit k (m,) bool; ``parts`` is what earlier exits said of them."""
+        gather, total = self.gather, len(logits)
         if total == 0:  # an empty call goes through to the end, where the network itself says what nothing looks like
             return torch.zeros(0, dtype=torch.bool)
         parts.append(gather.read(logits) if score is None or gather.read_score is None else gather.read_score(score))
@@ -181,7 +215,7 @@ class Adaptive(nn.Module):
 
     @property
     def legs(self) -> tuple[Leg, ...]:
-        """The merged stages with their heads; one more than the plan has exits."""
+        """The merged stages with their heads; one more than the plan has exits, or the one that a budget allows."""
         return self._legs
 
     def begin(self, *args: Any, **kwargs: Any) -> State:
@@ -195,7 +229,8 @@ class Adaptive(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"exits={list(self.plan.exits)}, engine={self.engine!r}, shrink={self._shrinker.mode!r}"
+        return (f"{self.plan.setting}, exits={list(self.plan.exits)}, engine={self.engine!r}, "
+                f"shrink={self._shrinker.mode!r}")
 
 
 def _answer(piece: _Piece, count: int) -> Answer:
@@ -248,12 +283,28 @@ def deploy(
     copied = engine == "compile" or narrow is not None or bool(channels_last) or bool(fold)
     build = Build(engine=engine, dtype=narrow, channels_last=copied if channels_last is None else channels_last,
                   fold=copied if fold is None else fold)
+    answer = _answers(net, plan)
+    strides = {column.name: column.stride for column in net.columns}
+    gather = gather_for(plan.task, plan.policy, [strides[name] for name in plan.exits])
+    legs = build_legs(net, plan.exits, build, gather.score if plan.setting == "input_dependent" else None)
+    if plan.setting == "budgeted" and plan.exits:
+        legs = cut_short(legs, answer)
+    sites = {site.name: site for site in net.sites}
+    chosen = [sites[column.site] for name in plan.exits for column in net.columns if column.name == name]
+    ends = [*(site.macs_before for site in chosen), *(one.macs_before + one.macs_after for one in net.sites[:1])]
+    pace = anytime.Pace([end - start for start, end in zip([0, *ends], ends or [1], strict=False)])
+    return Adaptive(legs, plan, answer=answer, gather=gather, shrink=shrink, engine=engine, pace=pace)
+
+
+def _answers(net: MultiExit, plan: Plan) -> Callable[[Tensor], Any]:
+    """From an exit's logits to an output; holds the output's form, not the network."""
     template = net.traced.output
-    if plan.exits:
-        with_logits(template, net.logits(template), net.logits)
-    gather = gather_for(plan.task, plan.policy)
-    legs = build_legs(net, plan.exits, build, gather.score)
-    return Adaptive(legs, plan, template=template, read=net.logits, gather=gather, shrink=shrink, engine=engine)
+    if not plan.exits:
+        return lambda logits: logits
+    said = net.logits(template)
+    with_logits(template, said, lambda _: said)
+    empty, form = said[:0].clone(), pytree.tree_map(lambda t: t[:0].clone() if isinstance(t, Tensor) else t, template)
+    return lambda logits: with_logits(form, logits, lambda _: empty)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -270,6 +321,8 @@ def _check_plan(net: MultiExit, plan: Plan) -> None:
     faults = []
     if plan.task != net.task:
         faults.append(f"task {plan.task!r}, the network's is {net.task!r}")
+    if plan.setting == "budgeted" and len(plan.exits) > 1:
+        faults.append(f"{len(plan.exits)} exits in a budgeted plan, which ends at one")
     if missing := [name for name in plan.exits if name not in names[:-1]]:
         faults.append(f"exits {missing}, the network has {names[:-1]}")
     else:
