@@ -17,16 +17,18 @@ from offramp.cost import macs
 from offramp.cost.latency import Timing, describe_machine, measure
 from offramp.cost.memory import param_bytes, peak_bytes
 from offramp.errors import DataError
-from offramp.functional.confidence import top
+from offramp.functional.confidence import read, top
 from offramp.functional.metrics import confusion
-from offramp.functional.summaries import agreement, summarise
+from offramp.functional.summaries import agreement, bin_scores, summarise
 from offramp.nn.guest import bytes_of, evaluating, fingerprint_of
 from offramp.nn.multiexit import MultiExit
 from offramp.table import Costs, ExitTable, Latency
+from offramp.types import CONFIDENCES, EDGED
 
 __all__ = ["record"]
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
+_FEW = 16  # columns, up to which a dense table holds all that any policy may read
 
 
 def record(
@@ -38,6 +40,8 @@ def record(
     latency: bool | Mapping[str, Any] = True,
     batch_size: int = 32,
     class_names: Sequence[str] = (),
+    confidences: Sequence[str] | None = None,
+    agreement: bool | None = None,
     progress: bool = False,
 ) -> ExitTable:
     """Memoise every exit's answer on every sample of a split, and what each exit costs.
@@ -50,6 +54,10 @@ def record(
     device: where to run; the network is moved there and back. Nothing: where its parameters are.
     latency: whether to time exits on this machine; a dict sets ``batches`` (default ``(1,)``), and for
         each of them ``repeats`` (15) and ``budget_s`` (5).
+    confidences: dense: whose histograms are kept, of "top", "margin", "entropy", "top_edges" and "entropy_edges", at
+        4 KiB a sample, exit and confidence. Nothing: all, or "top" alone of a network with more than 16 columns.
+    agreement: dense: whether the table says on what share of an image's pixels any two exits agree, which some policies
+        read. Nothing: up to 16 columns. That each agrees with the backbone is always known.
 
     DataError names the sample and the exit where logits are NaN or infinite, and data that is empty or does not fit.
     """
@@ -57,7 +65,9 @@ def record(
     home = next((p.device for p in net.parameters()), torch.device("cpu"))
     target = torch.device(device) if device is not None else home
     options = dict(latency) if isinstance(latency, Mapping) else {}
-    collected = _Collected(net, split)
+    few = len(net.columns) <= _FEW
+    kept = ((*CONFIDENCES, *EDGED) if few else ("top",)) if confidences is None else tuple(confidences)
+    collected = _Collected(net, split, kept, few if agreement is None else agreement)
     try:
         net.to(target)
         with evaluating(net):
@@ -105,6 +115,8 @@ class _Collected:
 
     net: MultiExit
     split: str
+    confidences: tuple[str, ...]
+    agreement: bool
     first: _Batch | None = None
     count: int = 0
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -131,64 +143,80 @@ class _Collected:
         if self.labelled != (batch.labels is not None):
             raise DataError(expected="labels in every batch or in none", got="both",
                             where=f"record(), sample {self.count}")
-        said = self.net(*batch.args, **batch.kwargs)
-        self._check(said)
-        if self.net.task == "classify":
-            self._classify(said, batch.labels)
-        else:
-            self._dense(said, batch.labels)
-        self.count += len(said[-1])
+        # the backbone first: then each head's logits can be held against its answer, and forgotten
+        state: Any = self.net.begin(*batch.args, **batch.kwargs)
+        states = []
+        for stage in self.net.stages[:-1]:
+            state = stage(state)
+            states.append(state)
+        final = self.net.logits(self.net.stages[-1](state))
+        collect = self._classify if self.net.task == "classify" else self._dense
+        collect(self._heads(states, final), final, batch.labels)
+        self.count += len(final)
 
-    def _check(self, said: Sequence[Tensor]) -> None:
-        wanted = tuple(said[-1].shape)
-        for column, logits in zip(self.net.columns, said, strict=True):
-            if tuple(logits.shape) != wanted:
-                raise DataError(
-                    expected=f"logits {wanted}, as the backbone's own", got=str(tuple(logits.shape)),
-                    where=f"record(), exit {column.name!r}",
-                    todo="let the head end with an interpolation to the output's size.",
-                )
-            good = torch.isfinite(logits).flatten(1).all(dim=1)
-            if not bool(good.all()):
-                raise DataError(
-                    expected="finite logits", got="NaN or infinity",
-                    where=f"record(), sample {self.count + int((~good).nonzero()[0])}, exit {column.name!r}",
-                    todo="look at that sample's input, and at the exit's head.",
-                )
+    def _heads(self, states: Sequence[Any], final: Tensor) -> Iterator[Tensor]:
+        """Each column's logits as they are made, the backbone's own last."""
+        for k, state in enumerate(states):
+            for c in self.net.columns_at(k):
+                said = self.net.head(self.net.columns[c].name)(*state.tensors)
+                self._check(c, said, tuple(final.shape))
+                yield said
+        self._check(len(self.net.columns) - 1, final, tuple(final.shape))
+        yield final
+
+    def _check(self, column: int, logits: Tensor, wanted: tuple[int, ...]) -> None:
+        name = self.net.columns[column].name
+        if tuple(logits.shape) != wanted:
+            raise DataError(
+                expected=f"logits {wanted}, as the backbone's own", got=str(tuple(logits.shape)),
+                where=f"record(), exit {name!r}", todo="let the head end with an interpolation to the output's size.",
+            )
+        good = torch.isfinite(logits).flatten(1).all(dim=1)
+        if not bool(good.all()):
+            raise DataError(
+                expected="finite logits", got="NaN or infinity",
+                where=f"record(), sample {self.count + int((~good).nonzero()[0])}, exit {name!r}",
+                todo="look at that sample's input, and at the exit's head.",
+            )
 
     def _keep(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             self.parts.setdefault(name, []).append(tensor.cpu())
 
-    def _classify(self, said: Sequence[Tensor], labels: Tensor | None) -> None:
+    def _classify(self, said: Iterable[Tensor], final: Tensor, labels: Tensor | None) -> None:
         self._keep(logits=torch.stack([logits.float() for logits in said], dim=1))
         if labels is not None:
-            if tuple(labels.shape) != (len(said[-1]),):
-                raise DataError(expected=f"labels ({len(said[-1])},)", got=str(tuple(labels.shape)),
+            if tuple(labels.shape) != (len(final),):
+                raise DataError(expected=f"labels ({len(final)},)", got=str(tuple(labels.shape)),
                                 where=f"record(), sample {self.count}")
             self._keep(labels=labels.long())
 
-    def _dense(self, said: Sequence[Tensor], labels: Tensor | None) -> None:
-        classes, size = self.net.num_classes, said[-1].shape[-2:]
-        if labels is not None and tuple(labels.shape) != (len(said[-1]), *size):
+    def _dense(self, said: Iterable[Tensor], final: Tensor, labels: Tensor | None) -> None:
+        classes, size = self.net.num_classes, final.shape[-2:]
+        if labels is not None and tuple(labels.shape) != (len(final), *size):
             raise DataError(
-                expected=f"labels ({len(said[-1])}, {size[0]}, {size[1]}), as large as the logits",
+                expected=f"labels ({len(final)}, {size[0]}, {size[1]}), as large as the logits",
                 got=str(tuple(labels.shape)), where=f"record(), sample {self.count}",
                 todo="bring labels to the output's size (nearest), or drop them.",
             )
-        summaries = [summarise(logits) for logits in said]
-        final = summaries[-1].labels
-        self._keep(
-            probs=torch.stack([one.probs for one in summaries], dim=1),
-            agreement_confusion=torch.stack([confusion(one.labels, final, classes) for one in summaries], dim=1),
-            agreement=torch.stack([
-                torch.stack([agreement(one.labels, other.labels) for other in summaries], dim=1) for one in summaries
-            ], dim=1),
-            **{f"histogram.{name}": torch.stack([one.histograms[name] for one in summaries], dim=1)
-               for name in summaries[-1].histograms},
-        )
-        if labels is not None:
-            self._keep(confusion=torch.stack([confusion(one.labels, labels, classes) for one in summaries], dim=1))
+        told = read(final, (), labels=True).labels
+        assert told is not None
+        found: dict[str, list[Tensor]] = {}
+        passed: list[Tensor] = []
+        for column, logits in zip(self.net.columns, said, strict=True):
+            one = summarise(logits, confidences=self.confidences, stride=column.stride)
+            new = {"probs": one.probs, "agreement_confusion": confusion(one.labels, told, classes),
+                   **{f"histogram.{name}": counts for name, counts in one.histograms.items()}}
+            if labels is not None:
+                new["confusion"] = confusion(one.labels, labels, classes)
+            for name, tensor in new.items():
+                found.setdefault(name, []).append(tensor.cpu())
+            if self.agreement:
+                passed.append(one.labels)
+        self._keep(**{name: torch.stack(parts, dim=1) for name, parts in found.items()})
+        if passed:
+            self._keep(agreement=torch.stack(
+                [torch.stack([agreement(one, other) for other in passed], dim=1) for one in passed], dim=1))
 
     def table(self, *, costs: Costs, class_names: tuple[str, ...], model: str, source: str,
               meta: Mapping[str, Any]) -> ExitTable:
@@ -237,7 +265,7 @@ def _costs(net: MultiExit, batch: _Batch, device: torch.device, latency: Mapping
 
 def _latency(net: MultiExit, batch: _Batch, size: int, device: torch.device, options: Mapping[str, Any]) -> Latency:
     """Stages, heads with their decision, and the untouched network, in turn under one timer."""
-    decide = top if net.task == "classify" else lambda logits: summarise(logits, confidences=("top",))
+    decide = top if net.task == "classify" else lambda logits: bin_scores(top(logits))
     fns: dict[str, Any] = {"dense": lambda: net.backbone(*batch.args, **batch.kwargs)}
     state: Any = net.begin(*batch.args, **batch.kwargs)
     for k in range(len(net.stages)):

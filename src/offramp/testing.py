@@ -17,7 +17,7 @@ from torch import Tensor
 from offramp.choose.plan import load_plan, save_plan
 from offramp.errors import DataError, OfframpError
 from offramp.functional.summaries import evidence_of, summarise
-from offramp.types import Evidence, Plan, Policy, Task
+from offramp.types import CONFIDENCES, EDGED, Evidence, Plan, Policy, Task
 
 __all__ = ["PolicyContract"]
 
@@ -52,7 +52,8 @@ class PolicyContract:
         passed = logits[:, : exit_index + 1]
         if self.task == "classify":
             return Evidence(logits=passed)
-        return evidence_of([summarise(passed[:, e]) for e in range(passed.shape[1])])
+        every = (*CONFIDENCES, *EDGED)
+        return evidence_of([summarise(passed[:, e], confidences=every, stride=2) for e in range(passed.shape[1])])
 
     def decisions(self, logits: Tensor, policy: Policy | None = None) -> Tensor:
         """(n, E) bool: every exit asked about every row, checked for type and shape."""

@@ -60,8 +60,9 @@ class Replay:
         """Whether, or for a dense network on what share of its pixels, the answer is the backbone's: (N,) float64."""
         if self.table.logits is not None:
             return (self._taken(self.table.logits).argmax(-1) == self.table.logits[:, -1].argmax(-1)).double()
-        assert self.table.agreement is not None
-        return self._taken(self.table.agreement[:, :, -1]).double()
+        assert self.table.agreement_confusion is not None
+        matrices = self._taken(self.table.agreement_confusion).double()
+        return matrices.diagonal(dim1=1, dim2=2).sum(dim=1) / matrices.sum(dim=(1, 2))
 
     @property
     def correct(self) -> Tensor | None:

@@ -1,8 +1,9 @@
 """What a dense exit says about each image, small enough to keep: the same code fills the table and runs live.
 
 N samples, E exits, K classes, H W space, B = 1024 bins. An exit's pixel logits (N, K, H, W) become a histogram of
-pixel confidence for each confidence, the mean pixel probabilities, and the share of pixels that agree with each
-earlier exit. Everything a policy may see at decision time is here, and it is computed from logits alone.
+pixel confidence for each confidence (those of ``types.EDGED`` smoothed across semantic edges), the mean pixel
+probabilities, and the share of pixels that agree with each earlier exit. Everything a policy may see at decision time
+is here, and it is computed from logits alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor
 
 from offramp.errors import DataError, OfframpError
-from offramp.functional.confidence import BY_NAME
-from offramp.types import CONFIDENCES, HISTOGRAM_BINS, Evidence
+from offramp.functional.confidence import read
+from offramp.functional.edges import EDGE_LEVELS, reaches, semantic_edges, smooth_edges
+from offramp.types import CONFIDENCES, EDGED, HISTOGRAM_BINS, Evidence
 
-__all__ = ["DenseSummary", "evidence_of", "histogram", "mean_of_histogram", "share_above", "summarise"]
+__all__ = [
+    "DenseSummary", "bin_scores", "count_above", "evidence_of", "histogram", "mean_of_histogram", "share_above",
+    "summarise",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,7 @@ class DenseSummary:
     """One exit's summary of n images."""
 
     labels: Tensor
-    """Predicted class of each pixel (n, H, W), int64; later exits agree or disagree with it."""
+    """Class of each pixel (n, H, W), uint8 up to 256 classes, else int16; later exits agree with it or not."""
     histograms: Mapping[str, Tensor]
     """For each confidence, pixel counts (n, 1024) int32."""
     probs: Tensor
@@ -69,32 +74,81 @@ def share_above(counts: Tensor, pixel_threshold: float) -> Tensor:
     return counts[:, int(edge):].sum(dim=1).double() / counts.sum(dim=1).double()
 
 
+def count_above(above: Tensor, pixel_threshold: float) -> Tensor:
+    """A histogram (n, 1024) int32 that is true of ``share_above`` at this threshold alone, from the pixels above it.
+
+    ``above`` is (n, H, W) bool. Who holds a fixed threshold need not sort pixels into the other bins.
+
+    >>> share_above(count_above(torch.tensor([[[True, False, True, True]]]), 0.5), 0.5).tolist()
+    [0.75]
+    """
+    sure = above.flatten(1).sum(dim=1)
+    counts = torch.zeros(len(above), HISTOGRAM_BINS, dtype=torch.int32, device=above.device)
+    counts[:, 0] = above.shape[1:].numel() - sure
+    counts[:, int(pixel_threshold * HISTOGRAM_BINS)] += sure
+    return counts
+
+
 def mean_of_histogram(counts: Tensor) -> Tensor:
-    """Mean confidence read off the bin centres: (n, 1024) counts -> (n,) float64, within 1/2048 of the pixels' mean."""
+    """Mean confidence read off the bin centres: (n, 1024) counts -> (n,) float64, within 1/2048 of the pixels' mean.
+
+    Within 1/128 + 1/2048 where pixels on edges are smoothed, of which only a cell of width 1/64 is known.
+    """
     centres = (torch.arange(HISTOGRAM_BINS, device=counts.device, dtype=torch.float64) + 0.5) / HISTOGRAM_BINS
     return (counts.double() * centres).sum(dim=1) / counts.sum(dim=1).double()
 
 
-def summarise(logits: Tensor, *, confidences: Sequence[str] = CONFIDENCES) -> DenseSummary:
-    """Summarise one exit's pixel logits (n, K, H, W); ``confidences`` limits the work live to what a policy reads.
+def bin_scores(
+    scores: Tensor, labels: Tensor | None = None, *, stride: int = 1, pixel_threshold: float | None = None,
+) -> Tensor:
+    """The histogram (n, 1024) int32 of pixel scores (n, H, W), smoothed across the edges of ``labels`` where given.
 
+    With a ``pixel_threshold``, on which a policy is fixed, only the share above it is found (``count_above``).
+    DataError where a score is NaN, naming the row.
+    """
+    _refuse_nan(scores)
+    edges = None if labels is None else semantic_edges(labels, stride)
+    if pixel_threshold is None:
+        return histogram(scores if edges is None else smooth_edges(scores, edges, stride))
+    above = scores >= pixel_threshold if edges is None else \
+        reaches(scores, edges, stride, int(pixel_threshold * EDGE_LEVELS))
+    return count_above(above, pixel_threshold)
+
+
+def summarise(logits: Tensor, *, confidences: Sequence[str] = CONFIDENCES, stride: int = 1) -> DenseSummary:
+    """Summarise one exit's pixel logits (n, K, H, W) by some confidences; edges are ``stride`` pixels thick.
+
+    ``stride`` is the exit's own (``ExitColumn.stride``), and counts for the confidences of ``types.EDGED`` alone.
     Raises DataError where a pixel is NaN or infinite, naming the row.
     """
     if logits.ndim != 4:
         raise OfframpError(expected="pixel logits (n, K, H, W)", got=f"shape {tuple(logits.shape)}",
                            where="summarise()")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    probs = logits.softmax(dim=1).mean(dim=(2, 3))
-    broken = probs.isnan().any(dim=1)
+    base = {name: name.removesuffix("_edges") for name in confidences}
+    if unknown := set(confidences) - {*CONFIDENCES, *EDGED}:
+        raise OfframpError(expected=f"confidences among {', '.join((*CONFIDENCES, *EDGED))}",
+                           got=", ".join(sorted(unknown)), where="summarise()")
+    said = read(logits, set(base.values()) or {"top"}, labels=True, probs=True)
+    assert said.labels is not None and said.probs is not None
+    for scores in said.scores.values():
+        _refuse_nan(scores)
+    edges = semantic_edges(said.labels, stride) if set(confidences) & set(EDGED) else None
+    maps = {name: said.scores[base[name]] for name in confidences}
+    if edges is not None:
+        maps |= {name: smooth_edges(maps[name], edges, stride) for name in maps if name in EDGED}
+    return DenseSummary(
+        labels=said.labels, probs=said.probs.float(), histograms={name: histogram(one) for name, one in maps.items()},
+    )
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    """Any NaN or infinity among a pixel's logits, but for a class masked by -inf, makes its score NaN."""
+    broken = scores.flatten(1).sum(dim=1).isnan()  # a sum of at most H W: NaN alone makes it NaN
     if bool(broken.any()):
         raise DataError(
             expected="finite pixel logits", got=f"NaN or infinity in row {int(broken.nonzero()[0])} of the batch",
-            where="summarise()", todo="look at that input, or at the exit's head.",
+            where="confidence of pixels", todo="look at that input, or at the exit's head.",
         )
-    return DenseSummary(
-        labels=logits.argmax(dim=1), probs=probs.float(),
-        histograms={name: histogram(BY_NAME[name](logits)) for name in confidences},
-    )
 
 
 def agreement(labels: Tensor, other: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from offramp.errors import HeadError, PlanError
 from offramp.graph import Stage, State, Traced, begin, split
 from offramp.nn.output import read_logits
+from offramp.nn.reading import Layout, read_as_map, reads_of
 from offramp.types import ExitColumn, ExitSite, Task
 
 __all__ = ["MultiExit", "head_key"]
@@ -50,6 +51,7 @@ class MultiExit(nn.Module):
         self.task, self.num_classes, self.sites = task, num_classes, tuple(sites)
         self._read = logits
         self._traced, self._stages = traced, split(traced, [site.name for site in sites])
+        said = tuple(logits(traced.output).shape) if task == "dense" and logits is not None else ()
         columns: list[ExitColumn] = []
         self._columns_at: list[range] = []
         self.heads = nn.ModuleDict()
@@ -57,10 +59,12 @@ class MultiExit(nn.Module):
             self._columns_at.append(range(len(columns), len(columns) + len(heads[site.name])))
             for head_name, head in heads[site.name].items():
                 column = ExitColumn(name=f"{site.name}/{head_name}" if head_name else site.name,
-                                    site=site.name, head=head_name)
+                                    site=site.name, head=head_name, stride=_stride(head, site, said))
                 columns.append(column)
                 self.heads[head_key(column.name)] = head
-        self.columns = (*columns, ExitColumn(name="final", site="final"))
+        # where the network itself computes its logits it does not say; the deepest exit's map is the nearest
+        last = columns[-1].stride if columns else 1
+        self.columns = (*columns, ExitColumn(name="final", site="final", stride=last))
 
     @property
     def traced(self) -> Traced:
@@ -147,3 +151,18 @@ class MultiExit(nn.Module):
             self.backbone.eval()
         return self
 
+
+def _stride(head: nn.Module, site: ExitSite, said: tuple[int, ...]) -> int:
+    """Output pixels for each step of the map on which a head computes its logits; 1 where it reads none.
+
+    A module of the user's is taken to read a frontier as a spec's heads do.
+    """
+    if len(said) != 4:
+        return 1
+    size: tuple[int, int] = said[2], said[3]
+    layout: Layout = getattr(getattr(head, "spec", None), "layout", "auto")
+    try:
+        scale = read_as_map(reads_of(site.live, "dense", size, layout), "dense", size).scale
+    except HeadError:
+        return 1
+    return max(1, round(scale[0])) if scale else 1

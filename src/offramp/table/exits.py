@@ -15,11 +15,11 @@ from torch import Tensor
 from offramp.errors import DataError, FileFormatError, OfframpError
 from offramp.table.costs import Costs
 from offramp.table.files import read_json, read_tensors, write_tensors
-from offramp.types import CONFIDENCES, HISTOGRAM_BINS, Evidence, ExitColumn, Task
+from offramp.types import CONFIDENCES, EDGED, HISTOGRAM_BINS, Evidence, ExitColumn, Task
 
 __all__ = ["ExitTable"]
 
-_FORMAT, _VERSION = "offramp.table", 1
+_FORMAT, _VERSION = "offramp.table", 2  # 2: strides of columns, some histograms, agreement or not
 _MARKS = ("model", "data", "split")
 _TENSORS = {  # name -> axes
     "labels": "N", "logits": "NEK", "confusion": "NEKK", "agreement_confusion": "NEKK", "probs": "NEK",
@@ -52,11 +52,11 @@ class ExitTable:
     agreement_confusion: Tensor | None = None
     """Dense: (N, E, K, K) int32, rows the backbone's prediction, columns the exit's."""
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
-    """Dense: for each confidence, pixel counts (N, E, B) int32."""
+    """Dense: for each confidence recorded, of ``CONFIDENCES`` and ``EDGED``, pixel counts (N, E, B) int32."""
     probs: Tensor | None = None
     """Dense: mean pixel probabilities (N, E, K) float32."""
     agreement: Tensor | None = None
-    """Dense: share of pixels where exits e and i name the same class (N, E, E) float32."""
+    """Dense, where recorded: share of pixels where exits e and i name the same class (N, E, E) float32."""
     class_names: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else a reader should know, as JSON."""
@@ -118,10 +118,10 @@ class ExitTable:
         if self.task == "classify":
             assert self.logits is not None
             return Evidence(logits=take(self.logits))
-        assert self.probs is not None and self.agreement is not None
+        assert self.probs is not None
         return Evidence(
             probs=take(self.probs), histograms={name: take(counts) for name, counts in self.histograms.items()},
-            agreement=take(self.agreement[:, chosen[-1]]),
+            agreement=None if self.agreement is None else take(self.agreement[:, chosen[-1]]),
         )
 
     # ---- cutting ----------------------------------------------------------------------------------------------
@@ -253,15 +253,16 @@ class ExitTable:
         faults = []
         if self.task not in ("classify", "dense"):
             return [f"task {self.task!r}"]
-        needed = ("logits",) if self.task == "classify" else ("agreement_confusion", "probs", "agreement")
+        needed = ("logits",) if self.task == "classify" else ("agreement_confusion", "probs")
         foreign = ("confusion", "agreement_confusion", "probs", "agreement") if self.task == "classify" \
             else ("labels", "logits")
         faults += [f"no {name}" for name in needed if getattr(self, name) is None]
         faults += [f"{name} in a table of task {self.task!r}" for name in foreign if getattr(self, name) is not None]
         if faults:
             return faults
-        if self.task == "dense" and set(self.histograms) != set(CONFIDENCES):
-            faults.append(f"histograms of {sorted(self.histograms)}, not of {sorted(CONFIDENCES)}")
+        if self.task == "dense" and not set() < set(self.histograms) <= {*CONFIDENCES, *EDGED}:
+            known = ", ".join((*CONFIDENCES, *EDGED))
+            faults.append(f"histograms of {sorted(self.histograms)}, not of some of {known}")
         main = self.logits if self.task == "classify" else self.probs
         assert main is not None
         if main.ndim != 3:
