@@ -11,7 +11,7 @@ __all__ = ["EpochRecord", "History", "Log"]
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """Means over an epoch's training samples, a number for each trained column by name."""
+    """Means over an epoch's training samples, a number for each trained column by name; without those left out."""
 
     epoch: int
     step: int
@@ -24,7 +24,17 @@ class EpochRecord:
     accuracy: Mapping[str, float]
     """Against labels; empty where none are read."""
     validation: Mapping[str, Any]
-    """What ``validate`` gave; for data, the agreement (and accuracy, where labels are read) of each column."""
+    """What ``validate`` gave; for data, by measure and column: KL to the network (``loss``), ``agreement``, and where
+    labels are read ``accuracy`` and, for maps, ``miou``, of confusions summed over the data."""
+
+    @property
+    def brief(self) -> str:
+        """The latest measure that says most, of the worst and the best exit: ``mIoU 0.412 to 0.583``."""
+        for name, where in (("miou", self.validation), ("accuracy", self.validation), ("accuracy", self.__dict__),
+                            ("agreement", self.__dict__)):
+            if isinstance(values := where.get(name), Mapping) and values:
+                return f"{name.replace('miou', 'mIoU')} {min(values.values()):.3f} to {max(values.values()):.3f}"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +52,14 @@ class History:
         return self.epochs[-1]
 
     def __str__(self) -> str:
-        lines = [*self.notes, f"{'exit':24} {'loss':>10} {'agreement':>10}"]
-        lines += [f"{name:24} {self.last.loss[name]:10.4f} {self.last.agreement[name]:10.4f}" for name in self.columns]
+        said, last = self.last.validation, self.last
+        shown: dict[str, Any] = {"loss": last.loss, "agreement": last.agreement, "accuracy": last.accuracy}
+        shown |= {f"val. {name}": said[name] for name in ("accuracy", "miou") if isinstance(said.get(name), Mapping)}
+        shown = {name: values for name, values in shown.items() if values}
+        lines = [*self.notes, " ".join([f"{'exit':24}", *(f"{name:>13}" for name in shown)])]
+        for column in dict.fromkeys([*self.columns, *(c for values in shown.values() for c in values)]):
+            row = [f"{values[column]:13.4f}" if column in values else f"{'-':>13}" for values in shown.values()]
+            lines.append(" ".join([f"{column:24}", *row]))
         return "\n".join(lines)
 
 

@@ -22,7 +22,17 @@ from offramp.train.features import Features, module_fingerprint
 from offramp.train.history import EpochRecord, History, Log
 from offramp.train.parallel import shared_batch_norm
 from offramp.train.recipe import Recipe
-from offramp.train.setup import accelerated, as_found, cached, drop_features, run_folder, set_modes, show_progress
+from offramp.train.setup import (
+    accelerated,
+    as_found,
+    cached,
+    channels_last,
+    drop_features,
+    lay_out,
+    run_folder,
+    set_modes,
+    show_progress,
+)
 from offramp.train.step import Exits, Pass, means, measure, trained
 
 if TYPE_CHECKING:
@@ -42,6 +52,7 @@ def fit(
     device: str | torch.device | None = None,
     precision: Literal["bf16"] | None = None,
     engine: Literal["eager", "compile"] = "eager",
+    channels_last: bool | None = None,
     accumulate: int = 1,
     resume: bool = True,
     validate: Any = None,
@@ -56,6 +67,7 @@ def fit(
     run_dir: where features, ``checkpoint.safetensors`` and ``log.jsonl`` go; without it nothing is kept, nor resumed.
     precision: ``bf16`` runs the training passes in mixed precision; features and teacher are computed in fp32.
     engine: ``compile`` hands the training pass to ``torch.compile``; it pays when training takes minutes.
+    channels_last: layout of maps and of convolutions while training; None takes it on CPUs, where the network can.
     accumulate: batches of one optimiser step.
     resume: go on from the checkpoint in run_dir, at the step after it; the end is that of an unbroken run.
     validate: data to measure each exit on after every epoch, or a function of the network that returns a dict.
@@ -89,8 +101,8 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(rng_kept())
         stack.enter_context(as_found(net))
-        accelerator = stack.enter_context(accelerated(device, precision, 
-                                                    find_unused=len(trained(net, recipe)) < count or not recipe.freeze))
+        some = not recipe.freeze or recipe.dropout is not None or len(trained(net, recipe)) < count
+        accelerator = stack.enter_context(accelerated(device, precision, find_unused=some))
         net.to(accelerator.device)
         set_modes(net, recipe)
         folder = run_folder(run_dir, stack, accelerator)
@@ -99,6 +111,7 @@ def fit(
         run.identify(source)
         if resume and run.finished():
             return restore(net, folder)
+        run.channels_last = lay_out(net, channels_last, accelerator.device, run.notes)
         if recipe.freeze:
             source, checks = cached(net, source, checks, recipe, folder, cache_bytes, accelerator, run.notes)
         run.prepare(source)
@@ -132,6 +145,7 @@ class _Run:
     run_dir: Path | None
     accumulate: int
     engine: str = "eager"
+    channels_last: bool = False
     notes: list[str] = field(default_factory=list)
     step: int = 0
     epochs: list[EpochRecord] = field(default_factory=list)
@@ -223,7 +237,8 @@ class _Run:
                 start = self.step - epoch * self.steps_an_epoch
                 for window in source.windows(epoch, self.accumulate, start):
                     lr = self._step(window)
-                    bar(f"epoch {epoch + 1}/{self.recipe.epochs}")
+                    said = f", {self.epochs[-1].brief}" if self.epochs else ""
+                    bar(f"epoch {epoch + 1}/{self.recipe.epochs}{said}")
                     if self.step % checkpoint_every == 0 and self.step % self.steps_an_epoch:
                         self.save()
                         saved = self.step
@@ -279,6 +294,8 @@ class _Run:
         share = (share if counts else batch.rows(slice(0, 1))).map(lambda t: t.to(self.accelerator.device))
         if share.teacher is None:
             share = augmented(share, self.recipe)
+            if self.channels_last:
+                share = share.map(channels_last)
         rows = len(share) if counts else 0
         return self.forward_backward(share, self.step, rows, rows * world / total)  # DDP averages over processes
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from offramp.errors import DataError
 from offramp.train.batches import Source
@@ -21,7 +22,8 @@ from offramp.train.recipe import Recipe
 if TYPE_CHECKING:
     from offramp.nn.multiexit import MultiExit
 
-__all__ = ["accelerated", "as_found", "cached", "drop_features", "run_folder", "set_modes", "show_progress"]
+__all__ = ["accelerated", "as_found", "cached", "channels_last", "drop_features", "lay_out", "run_folder", "set_modes",
+           "show_progress"]
 
 
 @contextmanager
@@ -53,10 +55,11 @@ def accelerated(device: str | torch.device | None, precision: str | None, *, fin
 
 @contextmanager
 def as_found(net: nn.Module) -> Iterator[None]:
-    """Restore each module's mode, which parameters take gradients, and the device."""
+    """Restore each module's mode, which parameters take gradients, their layout, and the device."""
     modes = [(module, module.training) for module in net.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
     device = next((parameter.device for parameter in net.parameters()), None)
+    plain = [p for p in (*net.parameters(), *net.buffers()) if p.ndim == 4 and p.is_contiguous()]
     try:
         yield
     finally:
@@ -65,6 +68,8 @@ def as_found(net: nn.Module) -> Iterator[None]:
         for parameter, grad in grads:
             parameter.requires_grad_(grad)
             parameter.grad = None
+        for tensor in plain:
+            tensor.data = tensor.data.contiguous()
         if device is not None:
             net.to(device)
 
@@ -75,6 +80,32 @@ def set_modes(net: "MultiExit", recipe: Recipe) -> None:
     if recipe.freeze:
         net.backbone.eval()
         net.backbone.requires_grad_(False)
+
+
+def lay_out(net: "MultiExit", wanted: bool | None, device: torch.device, notes: list[str]) -> bool:
+    """Put convolutions' weights, and then inputs, channels last; whether that was done.
+
+    By itself where it pays for sure, on CPUs (1.4 to 2.4 times as fast, MobileNetV2 and ResNet-18 at 240x320), unless
+    the network says another thing then: some reshape with ``view``, which asks for the plain layout.
+    """
+    if wanted is None and device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in net.modules()):
+        args, kwargs = pytree.tree_map(channels_last, net.traced.example())
+        try:
+            with as_found(net), torch.no_grad():
+                net.eval().to(memory_format=torch.channels_last)
+                net(*args, **kwargs)
+            wanted = True
+        except RuntimeError as error:
+            notes.append(f"layout: channels first, since with channels last the network fails: {error}")
+    if wanted:
+        net.to(memory_format=torch.channels_last)
+    return bool(wanted)
+
+
+def channels_last(leaf: Any) -> Any:
+    """A tensor (N, C, H, W) in that layout; anything else as it is."""
+    maps = isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.is_floating_point()
+    return leaf.contiguous(memory_format=torch.channels_last) if maps else leaf
 
 
 def run_folder(run_dir: str | Path | None, stack: ExitStack, accelerator: Any) -> Path:
