@@ -19,6 +19,8 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},
     # the one bridge from model to evidence
     "record": {"nn", "cost", "table", "functional", "data"},
+    # a deployed network as files: what the runtime runs, with the plan that it obeys
+    "deployed": {"runtime", "nn", "choose", "table"},
     "testing": {"functional", "table", "choose", "nn", "runtime"},
 }
 ROOF = {"__init__", "__main__", "cli"}  # may import everything

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MessSpec",
     "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench",
-    "calibrate", "deploy", "fit", "load_data", "load_model", "load_plan", "mess_space", "recipes", "record", "replay",
-    "save_plan", "search", "sites", "tune_",
+    "calibrate", "deploy", "fit", "load_data", "load_deployed", "load_model", "load_plan", "mess_space", "recipes",
+    "record", "replay", "save_deployed", "save_plan", "search", "sites", "tune_",
 }
 EXTRAS = {"segmentation_models_pytorch", "transformers", "optuna", "matplotlib"}
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from offramp.choose.replay import replay
     from offramp.choose.search import search
     from offramp.data import load_data
+    from offramp.deployed import load_deployed, save_deployed
     from offramp.errors import OfframpError
     from offramp.graph import sites
     from offramp.models import load_model
@@ -50,18 +51,19 @@ _FROM = {
     "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.choose.policies",
     "attach": "offramp.nn.attach", "bench": "offramp.runtime.bench", "calibrate": "offramp.choose.calibrate",
     "deploy": "offramp.runtime", "fit": "offramp.train.loop",
-    "load_data": "offramp.data", "load_model": "offramp.models", "load_plan": "offramp.choose.plan",
+    "load_data": "offramp.data", "load_deployed": "offramp.deployed", "load_model": "offramp.models",
+    "load_plan": "offramp.choose.plan",
     "mess_space": "offramp.nn.mess",
     "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",
-    "save_plan": "offramp.choose.plan", "search": "offramp.choose.search", "sites": "offramp.graph",
-    "tune_": "offramp.nn.tune",
+    "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "search": "offramp.choose.search",
+    "sites": "offramp.graph", "tune_": "offramp.nn.tune",
 }
 
 __all__ = [
     "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MessSpec",
     "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench",
-    "calibrate", "deploy", "fit", "load_data", "load_model", "load_plan", "mess_space", "recipes", "record", "replay",
-    "save_plan", "search", "sites", "tune_",
+    "calibrate", "deploy", "fit", "load_data", "load_deployed", "load_model", "load_plan", "mess_space", "recipes",
+    "record", "replay", "save_deployed", "save_plan", "search", "sites", "tune_",
 ]
 
 

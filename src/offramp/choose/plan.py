@@ -15,7 +15,7 @@ from offramp.table import write_atomic
 from offramp.table.files import read_json
 from offramp.types import Plan, Policy
 
-__all__ = ["load_plan", "save_plan"]
+__all__ = ["load_plan", "plan_from_json", "plan_to_json", "save_plan"]
 
 _FORMAT, _VERSION = "offramp.plan", 2
 _OURS: tuple[type, ...] = (Thresholds,)
@@ -50,6 +50,16 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
     A policy of your own is kept when it is a dataclass of JSON values, or has ``to_json() -> dict`` and a class method
     ``from_json(data)``; ``version`` on the class (default 1) is kept beside it.
     """
+    return write_atomic(path, json.dumps(plan_to_json(plan), indent=1, allow_nan=False) + "\n")
+
+
+def load_plan(path: Path | str, known: Sequence[type] = ()) -> Plan:
+    """Read a plan; ``known`` are the policy classes, besides offramp's own, that the file may name."""
+    return plan_from_json(read_json(Path(path), format=_FORMAT, version=_VERSION), str(path), known)
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """A plan as a page of JSON values."""
     policy = plan.policy
     page = {
         "format": _FORMAT, "version": _VERSION, "exits": list(plan.exits), "task": plan.task, "split": plan.split,
@@ -58,22 +68,24 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
         "notes": list(plan.notes), "setting": plan.setting, "certificate": dict(plan.certificate),
     }
     try:
-        text = json.dumps(_finite(page), indent=1, allow_nan=False)
+        made: dict[str, Any] = json.loads(json.dumps(_finite(page), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise OfframpError(expected="a plan of JSON values", got=str(error), where="save_plan()",
                            todo="give the policy to_json() and from_json().") from error
-    return write_atomic(path, text + "\n")
+    return made
 
 
-def load_plan(path: Path | str, known: Sequence[type] = ()) -> Plan:
-    """Read a plan; ``known`` are the policy classes, besides offramp's own, that the file may name."""
-    path = Path(path)
-    record = read_json(path, format=_FORMAT, version=_VERSION)
+def plan_from_json(record: Any, path: str, known: Sequence[type] = ()) -> Plan:
+    """The inverse, of a page that ``path`` holds; runs no code from it."""
     try:
         page = _Page.model_validate(record)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         raise FileFormatError(expected="a whole plan", got=f"{path}: {faults}", where="load_plan()") from error
+    if page.version > _VERSION:
+        raise FileFormatError(expected=f"a plan of version {_VERSION} or older", where="load_plan()",
+                              got=f"version {page.version} in {path}",
+                              todo="upgrade offramp: the file was written by a later one.")
     allowed = {kind.__name__: kind for kind in (*known, *_OURS)}
     kind = allowed.get(page.policy.type)
     if kind is None:

@@ -214,6 +214,17 @@ class Adaptive(nn.Module):
         return self._built.build
 
     @property
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments like those that the network was cut on, in the dtype that callers use."""
+        wide = self._legs[0].wide
+
+        def widen(leaf: Any) -> Any:
+            return leaf.to(wide) if wide and isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(widen, self._built.traced.few)
+        return found
+
+    @property
     def legs(self) -> tuple[Leg, ...]:
         """The merged stages with their heads; one more than the plan has exits, or the one that a budget allows."""
         return self._legs

@@ -1,0 +1,159 @@
+"""Deployed networks as files: a versioned JSON page with the plan, and the weights that it uses, in safetensors.
+
+    deployed.json               plan, heads' specs, form, shapes of the example inputs, fingerprint
+    deployed-HASH.safetensors   ``backbone.*`` and ``heads.COLUMN.*``; of a budgeted plan nothing beyond its exit
+
+The architecture stays the user's code: loading builds the network from it, cuts it again and runs nothing of the file.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from offramp.choose.plan import plan_from_json, plan_to_json
+from offramp.errors import FileFormatError, HeadError, OfframpError
+from offramp.nn.attach import attach
+from offramp.nn.guest import fingerprint_of
+from offramp.nn.output import read_logits
+from offramp.nn.shortcut import spec_from_json
+from offramp.runtime import Adaptive, deploy
+from offramp.table.files import read_json, read_tensors, write_tensors
+
+__all__ = ["load_deployed", "save_deployed"]
+
+_FORMAT, _VERSION = "offramp.deployed", 1
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def save_deployed(fast: Adaptive, folder: Path | str) -> Path:
+    """Write a deployed network to a folder, whole or not at all; returns the page's path.
+
+    Heads of your own, made without a spec, are kept as weights; ``load_deployed`` then asks for the modules.
+    """
+    build, tensors = fast.build, _weights(fast)
+    heads = {name: head.spec.to_json() if hasattr(head, "spec") else None
+             for name, head in zip(fast.plan.exits, list(fast.body)[1:], strict=True)}  # type: ignore[call-overload]
+    args, kwargs = fast.example
+    examples: dict[str, Tensor] = {}
+    inputs = {"args": [_describe(f"inputs.{i}", leaf, examples) for i, leaf in enumerate(args)],
+              "kwargs": {name: _describe(f"inputs.{name}", leaf, examples) for name, leaf in kwargs.items()}}
+    page = {
+        "format": _FORMAT, "version": _VERSION, "plan": plan_to_json(fast.plan), "heads": heads, "inputs": inputs,
+        "form": {"dtype": str(build.dtype).removeprefix("torch.") if build.dtype else None,
+                 "channels_last": build.channels_last, "fold": build.fold},
+        "fingerprint": fingerprint_of(fast.body),
+    }
+    path = Path(folder) / "deployed.json"
+    write_tensors(path, page, {**tensors, **examples})
+    return path
+
+
+def load_deployed(
+    model: nn.Module | Callable[[], nn.Module],
+    folder: Path | str,
+    *,
+    heads: Mapping[str, nn.Module] | None = None,
+    known: Sequence[type] = (),
+    logits: Callable[[Any], Tensor] = read_logits,
+    example_inputs: Any = None,
+    engine: Literal["eager", "compile"] = "eager",
+    shrink: bool | Literal["auto"] = "auto",
+) -> Adaptive:
+    """A deployed network from its folder and the code of its architecture.
+
+    model: the network that was cut, with any weights, or a function that makes it (``lambda: resnet50(weights=None)``).
+        A module given is copied and left as found.
+    heads: column -> module, for heads that had no spec; ``known``: policy classes besides offramp's own.
+    logits, example_inputs: as ``attach`` was given them, where the file cannot say.
+
+    Every weight that is used must be in the file, and no other; what lies beyond a budgeted plan's exit is never read.
+    FileFormatError where the file is damaged, from a later offramp, or of another architecture.
+    """
+    path = Path(folder) / "deployed.json"
+    page = read_json(path, format=_FORMAT, version=_VERSION)
+    tensors = read_tensors(path, page)
+    try:
+        plan = plan_from_json(page["plan"], str(path), known)
+        specs = {name: None if spec is None else spec_from_json(spec) for name, spec in page["heads"].items()}
+        form, dtype = page["form"], page["form"]["dtype"]
+        form = {"dtype": None if dtype is None else _DTYPES[dtype], "channels_last": bool(form["channels_last"]),
+                "fold": bool(form["fold"])}
+        described = page["inputs"]
+        args = tuple(_revive(f"inputs.{i}", one, tensors) for i, one in enumerate(described["args"]))
+        kwargs = {name: _revive(f"inputs.{name}", one, tensors) for name, one in described["kwargs"].items()}
+    except (KeyError, TypeError, AttributeError, HeadError) as error:
+        raise FileFormatError(expected="a whole deployed.json", got=f"{path}: {error!r}", where="load_deployed()",
+                              todo="save it again.") from error
+    made = {**specs, **(heads or {})}
+    if lacking := [name for name in plan.exits if made.get(name) is None]:
+        raise OfframpError(expected=f"the modules of the heads {', '.join(lacking)}", got="none", where="load_deployed",
+                           todo="pass heads={column: module}; the file has their weights alone.")
+    if example_inputs is None:
+        if kwargs and args:
+            raise OfframpError(expected="example inputs of one kind", got="positional and named ones",
+                               where="load_deployed()", todo="pass example_inputs=, as to attach.")
+        example_inputs = kwargs or args
+    with torch.random.fork_rng(devices=[]):
+        guest = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+        at = {name.partition("/")[0]: {name.partition("/")[2]: made[name]} for name in plan.exits}
+        net = attach(guest.eval(), example_inputs, exits=list(at) or 1, heads=at or None, logits=logits, task=plan.task)
+        fast = deploy(net, replace(plan, fingerprints={}), engine=engine, shrink=shrink, **form)
+    fast.plan = plan
+    _fill_(_weights(fast), {name: t for name, t in tensors.items() if not name.startswith("inputs.")}, path)
+    if fingerprint_of(fast.body) != page.get("fingerprint"):
+        raise FileFormatError(expected="the architecture that was saved", got="other modules around the same weights",
+                              where=str(path), todo="build the network with the code that it was saved with.")
+    return fast
+
+
+def _weights(fast: Adaptive) -> dict[str, Tensor]:
+    """What a deployed network holds, each tensor once, under names that say whose it is."""
+    whose = ["backbone", *(f"heads.{name}" for name in fast.plan.exits)]
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in fast.body.state_dict(keep_vars=True).items():
+        part, _, rest = name.partition(".")
+        if isinstance(tensor, Tensor):
+            found.setdefault(id(tensor), (f"{whose[int(part)]}.{rest}", tensor.detach()))
+    return dict(found.values())
+
+
+def _fill_(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: Path) -> None:
+    faults = [f"no {name}" for name in mine if name not in theirs]
+    faults += [f"{name}, which this network does not use" for name in theirs if name not in mine]
+    faults += [f"{name} {theirs[name].dtype} {tuple(theirs[name].shape)}, here {tensor.dtype} {tuple(tensor.shape)}"
+               for name, tensor in mine.items() if name in theirs
+               and (theirs[name].shape, theirs[name].dtype) != (tensor.shape, tensor.dtype)]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise FileFormatError(expected="the weights of this network", got="; ".join(faults[:5]) + more, where=str(path),
+                              todo="build the same architecture as the one that was saved.")
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name])
+
+
+def _describe(name: str, leaf: Any, kept: dict[str, Tensor]) -> dict[str, Any]:
+    """An example input: floats by their shape, whole numbers (which may index something) by their values."""
+    if isinstance(leaf, Tensor):
+        if not leaf.is_floating_point():
+            kept[name] = leaf
+        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+    if leaf is None or isinstance(leaf, bool | int | float | str):
+        return {"value": leaf}
+    return {"type": type(leaf).__name__}
+
+
+def _revive(name: str, described: Mapping[str, Any], kept: Mapping[str, Tensor]) -> Any:
+    if "value" in described:
+        return described["value"]
+    if "type" in described:
+        return None  # example_inputs= must say
+    if name in kept:
+        return kept[name]
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(described["shape"], generator=draw).to(_DTYPES[described["dtype"]])
