@@ -18,7 +18,7 @@ __all__ = ["Gather", "gather_for"]
 class Gather:
     """Turns the logits of the exits passed so far into evidence."""
 
-    read: Callable[..., Any]
+    read: Callable[[Tensor, int], Any]
     """Logits of the m rows undecided, the exit's index -> this exit's part."""
     keep: Callable[[Any, Tensor], Any]
     """A part, for some of its rows."""
@@ -26,7 +26,7 @@ class Gather:
     score: Callable[[Tensor], Tensor] | None = None
     """Where all that ``read`` needs is a confidence of each pixel, and for edges its label: a function from logits
     to these, which a compiler may fuse."""
-    read_score: Callable[..., Any] | None = None
+    read_score: Callable[[Tensor, int], Any] | None = None
     """Its result, the exit's index -> this exit's part."""
 
 
@@ -46,7 +46,7 @@ def gather_for(task: Task, policy: Policy, strides: Sequence[int] = ()) -> Gathe
         return _lean(reads[0], strides, getattr(policy, "reads_above", ()))
     names = (*CONFIDENCES, *(name for name in EDGED if name in reads))
 
-    def whole(logits: Tensor, k: int = 0) -> DenseSummary:
+    def whole(logits: Tensor, k: int) -> DenseSummary:
         return summarise(logits, confidences=names, stride=_at(strides, k, 1))
 
     return Gather(read=whole, keep=DenseSummary.select, join=evidence_of)
@@ -58,7 +58,7 @@ def _lean(name: str, strides: Sequence[int], above: Sequence[float | None]) -> G
     def counts(scores: Tensor, labels: Tensor | None, k: int) -> Tensor:
         return bin_scores(scores, labels, stride=_at(strides, k, 1), pixel_threshold=_at(above, k, None))
 
-    def plain(logits: Tensor, k: int = 0) -> Tensor:
+    def plain(logits: Tensor, k: int) -> Tensor:
         said = read(logits, (base,), labels=edged)
         return counts(said.scores[base], said.labels, k)
 
@@ -67,7 +67,7 @@ def _lean(name: str, strides: Sequence[int], above: Sequence[float | None]) -> G
         found = said.scores[base]
         return found if said.labels is None else torch.stack([found, said.labels.to(found.dtype)], dim=1)
 
-    def read_score(found: Tensor, k: int = 0) -> Tensor:
+    def read_score(found: Tensor, k: int) -> Tensor:
         return counts(found[:, 0], found[:, 1], k) if edged else counts(found, None, k)
 
     def join(parts: Sequence[Tensor]) -> Evidence:
@@ -83,7 +83,7 @@ def _at(values: Sequence[Any], k: int, default: Any) -> Any:
     return values[k] if values else default
 
 
-def _logits(logits: Tensor, k: int = 0) -> Tensor:
+def _logits(logits: Tensor, k: int) -> Tensor:
     return logits.float()
 
 

@@ -196,7 +196,10 @@ class Adaptive(nn.Module):
         gather, total = self.gather, len(logits)
         if total == 0:  # an empty call goes through to the end, where the network itself says what nothing looks like
             return torch.zeros(0, dtype=torch.bool)
-        parts.append(gather.read(logits) if score is None or gather.read_score is None else gather.read_score(score))
+        if score is None or gather.read_score is None:
+            parts.append(gather.read(logits, k))
+        else:
+            parts.append(gather.read_score(score, k))
         leaves = self.plan.policy.decide(k, gather.join(parts))
         if leaves.dtype != torch.bool or tuple(leaves.shape) != (total,):
             raise PlanError(expected=f"bool ({total},) from the policy", where=f"exit {self.plan.exits[k]!r}",
