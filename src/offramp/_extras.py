@@ -10,6 +10,7 @@ _EXTRA_OF = {
     "transformers": "text",
     "optuna": "search",
     "matplotlib": "report",
+    "scipy": "data",
 }
 
 

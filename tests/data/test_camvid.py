@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from offramp.data import IGNORE, IMAGENET_MEAN, IMAGENET_STD, FileSplit, flip_crop, load_data
+from offramp.data import CAMVID_PALETTE, IGNORE, IMAGENET_MEAN, IMAGENET_STD, FileSplit, flip_crop, load_data
 from offramp.errors import DataError
 
 
@@ -119,6 +119,19 @@ def test_augmentation_moves_image_and_label_together(camvid_tree: Path) -> None:
     assert changed == 4
 
 
+def test_colours_of_the_original_pictures(camvid_tree: Path) -> None:
+    # label_colors.txt of the set's makers; they call three of the classes otherwise
+    original = {"Sky": (128, 128, 128), "Building": (128, 0, 0), "Column_Pole": (192, 192, 128),
+                "Road": (128, 64, 128), "Sidewalk": (0, 0, 192), "Tree": (128, 128, 0), "SignSymbol": (192, 128, 128),
+                "Fence": (64, 64, 128), "Car": (64, 0, 128), "Pedestrian": (64, 64, 0), "Bicyclist": (0, 128, 192)}
+    ours = {"Column_Pole": "pole", "Sidewalk": "pavement", "SignSymbol": "sign"}
+    for given in (load_data(f"camvid:{camvid_tree}"), load_data(f"camvid:{camvid_tree}", "train+calibration")):
+        assert dict(zip(given.class_names, given.palette, strict=True)) == {
+            ours.get(name, name.lower()): colour for name, colour in original.items()}
+    assert load_data("scenes?n=4", "test").palette == load_data("scenes?n=4").palette == CAMVID_PALETTE
+    assert load_data("scenes?n=4&task=classify", "test").palette == ()
+
+
 def test_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of these folders"):
         load_data(f"camvid:{tmp_path}")
@@ -132,3 +145,7 @@ def test_real_files(real_data: Path) -> None:
     assert [len(source[s]) for s in source.splits] == [367, 367, 51, 50]
     image, label = source["test"][0]
     assert image.shape == (3, 360, 480) and set(label.unique().tolist()) <= {*range(11), IGNORE}
+    counts = sum(torch.bincount(source["train"][i][1].flatten(), minlength=256).float() for i in range(0, 367, 20))
+    assert (counts[:11] > 0).all() and counts[11:255].sum() == 0  # every class, and nothing but void beside them
+    assert float(counts[255] / counts.sum()) == pytest.approx(0.04, abs=0.02)
+    assert float(counts[3] / counts.sum()) == pytest.approx(0.317, abs=0.06)  # the road's share of all of train

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -8,14 +7,6 @@ from torch import nn
 from offramp.data import load_data
 from offramp.errors import OfframpError
 from offramp.models import CifarResNet, load_model, scenes_classify, scenes_dense
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    folder = Path(os.environ.get("OFFRAMP_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"real data is absent: no {folder} (set OFFRAMP_DATA)")
-    return folder
 
 
 @pytest.mark.parametrize("depth, thousand_params", [(20, 270), (32, 464), (44, 659), (56, 853), (110, 1728)])

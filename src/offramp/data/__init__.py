@@ -3,17 +3,22 @@
 A stranger's data comes in as ``package.module:callable`` (see ``load_data``) or as a ``Source`` of ``Split``s.
 """
 
-from offramp.data.base import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Joined, Prepare, Source, Split
-from offramp.data.camvid import CAMVID_CLASSES, camvid
+from offramp.data.base import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Joined, Palette, Prepare, Source, Split
+from offramp.data.camvid import CAMVID_CLASSES, CAMVID_PALETTE, camvid
 from offramp.data.cifar10 import CIFAR10_CLASSES, Cifar10Split, cifar10
+from offramp.data.cityscapes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, CITYSCAPES_TRAIN_ID, cityscapes
+from offramp.data.coco import COCO_CATEGORIES, coco
 from offramp.data.files import FileSplit
 from offramp.data.imagefolder import imagefolder
 from offramp.data.resolve import load_data
 from offramp.data.scenes import SCENE_CLASSES, SCENE_KINDS, Scenes, scenes, scenes_splits
 from offramp.data.transforms import flip_crop, jitter
+from offramp.data.voc import VOC_CLASSES, VOC_PALETTE, voc
 
 __all__ = [
-    "CAMVID_CLASSES", "CIFAR10_CLASSES", "IGNORE", "IMAGENET_MEAN", "IMAGENET_STD", "SCENE_CLASSES", "SCENE_KINDS",
-    "Cifar10Split", "FileSplit", "Joined", "Prepare", "Scenes", "Source", "Split", "camvid", "cifar10", "flip_crop",
-    "imagefolder", "jitter", "load_data", "scenes", "scenes_splits",
+    "CAMVID_CLASSES", "CAMVID_PALETTE", "CIFAR10_CLASSES", "CITYSCAPES_CLASSES", "CITYSCAPES_PALETTE",
+    "CITYSCAPES_TRAIN_ID", "COCO_CATEGORIES", "IGNORE", "IMAGENET_MEAN", "IMAGENET_STD", "SCENE_CLASSES", "SCENE_KINDS",
+    "VOC_CLASSES", "VOC_PALETTE", "Cifar10Split", "FileSplit", "Joined", "Palette", "Prepare", "Scenes", "Source",
+    "Split", "camvid", "cifar10", "cityscapes", "coco", "flip_crop", "imagefolder", "jitter", "load_data", "scenes",
+    "scenes_splits", "voc",
 ]

@@ -19,13 +19,18 @@ from offramp._specs import near
 from offramp.errors import DataError
 from offramp.types import Task
 
-__all__ = ["IGNORE", "IMAGENET_MEAN", "IMAGENET_STD", "Faults", "Joined", "Prepare", "Source", "Split", "fingerprint"]
+__all__ = [
+    "IGNORE", "IMAGENET_MEAN", "IMAGENET_STD", "Faults", "Joined", "Palette", "Prepare", "Source", "Split",
+    "fingerprint",
+]
 
 IGNORE = 255
 """Label of pixels that count nowhere: neither trained on nor measured."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SPLITS = ("train", "unlabelled", "calibration", "test")
+Palette = tuple[tuple[int, int, int], ...]
+"""(R, G, B) of each class, as the makers of a set paint it; empty where nobody chose any. Void is black."""
 
 Augment = Callable[..., Any]
 """Takes a ``tv_tensors.Image`` (and a ``tv_tensors.Mask`` in dense tasks) and gives the same back; any v2 transform."""
@@ -101,9 +106,9 @@ class Prepare:
 class Split(Dataset[Any], ABC):
     """One named split of a source: gives (image, label), or the image alone where it has no labels.
 
-    Attributes that other rooms read: ``source``, ``split``, ``task``, ``class_names``, ``labels`` (bool), ``names``
-    (what identifies each image, for overlap checks and reports) and ``fingerprint``. The fingerprint names the images
-    and their preparation, not the labels: the same images with and without labels have the same one.
+    Attributes that other rooms read: ``source``, ``split``, ``task``, ``class_names``, ``palette``, ``labels`` (bool),
+    ``names`` (what identifies each image, for overlap checks and reports) and ``fingerprint``. The fingerprint names
+    the images and their preparation, not the labels: the same images with and without labels have the same one.
     """
 
     source: str
@@ -113,6 +118,7 @@ class Split(Dataset[Any], ABC):
     labels: bool
     names: Sequence[str]
     prepare: Prepare
+    palette: Palette = ()
 
     @abstractmethod
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
@@ -154,6 +160,7 @@ class Joined(Split):
         first = parts[0]
         self.parts = tuple(parts)
         self.source, self.task, self.class_names = first.source, first.task, first.class_names
+        self.palette = first.palette
         self.split = "+".join(part.split for part in parts)
         self.labels = all(part.labels for part in parts)
         self.names = [name for part in parts for name in part.names]
@@ -194,6 +201,7 @@ class Source:
     """Split name -> function of (labels, prepare)."""
     prepare: Prepare = field(default_factory=Prepare)
     unlabelled_is_train: bool = False
+    palette: Palette = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -236,13 +244,14 @@ def existing_folder(path: str | Path, where: str, layout: str) -> Path:
     return folder
 
 
-def by_hash(names: Sequence[str], shares: Mapping[str, int]) -> dict[str, list[int]]:
-    """Deal out indices of ``names`` in proportion to ``shares``, in an order that depends on the names alone.
+def by_hash(names: Sequence[str], shares: Mapping[str, int], seed: int = 0) -> dict[str, list[int]]:
+    """Deal out indices of ``names`` in proportion to ``shares``, in an order that names and seed alone decide.
 
     >>> {k: len(v) for k, v in by_hash([str(i) for i in range(10)], {"train": 6, "calibration": 2, "test": 2}).items()}
     {'train': 6, 'calibration': 2, 'test': 2}
     """
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    salt = f"{seed}/" if seed else ""
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{salt}{names[i]}".encode()).digest())
     total, taken, done, dealt = sum(shares.values()), 0, 0, {}
     for split, share in shares.items():
         done += share

@@ -3,15 +3,20 @@
 from functools import partial
 from pathlib import Path
 
-from offramp.data.base import SPLITS, Faults, Prepare, Source, Split, existing_folder
-from offramp.data.files import FileSplit, image_files
+from offramp.data.base import SPLITS, Prepare, Source, Split, existing_folder
+from offramp.data.files import FileSplit, image_files, paired
 from offramp.errors import DataError
 
-__all__ = ["CAMVID_CLASSES", "camvid"]
+__all__ = ["CAMVID_CLASSES", "CAMVID_PALETTE", "camvid"]
 
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )
+CAMVID_PALETTE = (
+    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0), (192, 128, 128),
+    (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+)
+"""The colours of the original label pictures; SegNet's copy shows them with another blue for the pavement."""
 VOID = 11
 LAYOUT = "train, trainannot, val and valannot (SegNet's copy of CamVid)"
 BLOCK = 10
@@ -51,10 +56,11 @@ def camvid(path: str | Path, *, prepare: Prepare | None = None) -> Source:
         files = pictures[split]
         targets = _pair(files, split) if labels and split != "unlabelled" else None
         return FileSplit(files, root=root, source="camvid", split=split, task="dense", class_names=CAMVID_CLASSES,
-                         prepare=prepared, targets=targets, void=(VOID, 255))
+                         prepare=prepared, targets=targets, void=(VOID, 255), palette=CAMVID_PALETTE)
 
     return Source(name="camvid", task="dense", class_names=CAMVID_CLASSES, prepare=prepare or Prepare(),
-                  make={s: partial(make, s) for s in SPLITS if pictures.get(s)}, unlabelled_is_train=True)
+                  make={s: partial(make, s) for s in SPLITS if pictures.get(s)}, unlabelled_is_train=True,
+                  palette=CAMVID_PALETTE)
 
 
 def _pair(files: list[Path], split: str) -> list[Path]:
@@ -64,14 +70,6 @@ def _pair(files: list[Path], split: str) -> list[Path]:
     if not labels.is_dir():
         raise DataError(expected=f"the labels of {folder} in {labels}", got="no such folder", where=f"camvid/{split}",
                         todo="add it, or read the pictures without labels (labels=False, or the split unlabelled)")
-    faults = Faults(f"camvid/{split}", "an image for each label and a label for each image",
-                    "fetch the missing files, or remove the lonely ones")
-    for file in files:
-        if not (labels / file.name).is_file():
-            faults.add(file, f"no label {labels.name}/{file.name}")
-    known = {f.name for f in image_files(folder)}
-    for label in image_files(labels):
-        if label.name not in known:
-            faults.add(label, f"no image {folder.name}/{label.name}")
-    faults.raise_if_any()
-    return [labels / file.name for file in files]
+    paired({f.name: f for f in image_files(folder)}, {f.name: f for f in image_files(labels)}, f"camvid/{split}",
+           names=(f"image {folder.name}/{{}}", f"label {labels.name}/{{}}"))
+    return [labels / f.name for f in files]

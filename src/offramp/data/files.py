@@ -1,25 +1,29 @@
 """Splits that read image files, and the checks that name every file that cannot be used."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from offramp.data.base import IGNORE, Faults, Prepare, Split
+from offramp._specs import near
+from offramp.data.base import IGNORE, Faults, Palette, Prepare, Split, by_hash
 from offramp.errors import DataError
 from offramp.types import Task
 
-__all__ = ["IMAGE_SUFFIXES", "FileSplit", "image_files"]
+__all__ = ["IMAGE_SUFFIXES", "Drawn", "FileSplit", "halves", "image_files", "paired", "subfolder"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 CHECKED_AT_START = 4096
 """Headers of this many files are read when a split is made; the rest are found out when they are read."""
 UNREADABLE = "remove or replace the files named; an interrupted copy often leaves such files"
+Drawn = Callable[[], NDArray[np.uint8]]
+"""Draws the label of one image (H, W) when it is asked for; DataError where the description is no good."""
 
 
 def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
@@ -28,25 +32,77 @@ def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
     return sorted(f for f in found if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".") and f.is_file())
 
 
+def subfolder(root: Path, name: str, where: str, layout: str) -> Path:
+    """``root / name``, or a DataError that says what is there instead."""
+    folder = root
+    for part in Path(name).parts:
+        there = [f.name for f in folder.iterdir() if f.is_dir()]
+        if part not in there:
+            raise DataError(expected=layout, got=f"no {part} in {folder}", where=where,
+                            todo=f"give the folder that holds {Path(name).parts[0]}; {near(part, there)}")
+        folder /= part
+    return folder
+
+
+def halves(names: Sequence[str], seed: int) -> dict[str, list[int]]:
+    """Indices for ``calibration`` and ``test``: where a public set has only train and val, val serves both.
+
+    Which half a name falls into depends on the names and the seed alone.
+    """
+    return by_hash(names, {"calibration": 1, "test": 1}, seed)
+
+
+def paired(images: Mapping[str, Path], labels: Mapping[str, Path], where: str, *, names: tuple[str, str],
+           lone: bool = True) -> list[Path]:
+    """The label of each image, by their common key; DataError names whoever is alone, and the lone key most like it.
+
+    names: how a missing image or label is called: ``("image train/{}.jpg", "label trainannot/{}.png")``.
+    lone: whether a label without an image is a fault too.
+    """
+    faults = Faults(where, "an image for each label and a label for each image",
+                    "fetch the missing files, or remove the lonely ones")
+
+    def compare(have: Mapping[str, Path], others: Mapping[str, Path], missing: str) -> None:
+        spare = [key for key in others if key not in have] if lone else []
+        for key in have:
+            if key not in others:
+                close = near(key, spare, n=1) if spare and len(faults.found) < 10 else ""
+                faults.add(have[key], f"no {missing.format(key)}{'; ' + close if close.startswith('did') else ''}")
+
+    compare(images, labels, names[1])
+    if lone:
+        compare(labels, images, names[0])
+    faults.raise_if_any()
+    return [labels[key] for key in images]
+
+
 @final
 class FileSplit(Split):
     """Image files with no labels, one class each, or a label picture each.
 
-    ``targets`` is None, or per image an int or the Path of a PNG whose grey (or palette) value is the class; values in
-    ``void`` become 255. ``prepare.size`` resizes: dense images and labels to exactly (H, W); others by their shorter
-    side to 8/7 of it, cut at the centre, as networks trained on ImageNet are measured.
+    ``targets`` is None, or per image an int, the Path of a PNG whose grey (or palette) value is the class, or a
+    function that draws such values; those in ``void`` become 255, and ``relabel`` says which class each value stands
+    for where they are other ids. ``prepare.size`` resizes: dense images and labels to exactly (H, W); others by their
+    shorter side to 8/7 of it, cut at the centre, as networks trained on ImageNet are measured.
     """
 
     def __init__(
         self, files: Sequence[Path], *, root: Path, source: str, split: str, task: Task, class_names: tuple[str, ...],
-        prepare: Prepare, targets: Sequence[int] | Sequence[Path] | None = None, void: tuple[int, ...] = (IGNORE,),
+        prepare: Prepare, targets: Sequence[int | Path | Drawn] | None = None, void: tuple[int, ...] = (IGNORE,),
+        relabel: Mapping[int, int] | None = None, palette: Palette = (),
     ) -> None:
         self.source, self.split, self.task, self.class_names = source, split, task, class_names
         self.files, self.targets, self.prepare = tuple(files), targets, prepare
         self.labels = targets is not None
         self.root = root
         self.names = [f.relative_to(root).as_posix() for f in self.files]
-        self.void = void
+        self.void, self.palette = void, palette
+        raw = relabel if relabel is not None else {k: k for k in range(self.num_classes)}
+        self._table = torch.full((257,), -1, dtype=torch.int16)  # the last entry: whatever no uint8 can hold
+        for value, klass in {**raw, **dict.fromkeys(void, IGNORE)}.items():
+            self._table[value] = klass
+        self._expected = "label values " + (f"0 to {self.num_classes - 1}" if relabel is None else
+                                            f"{min(raw)} to {max(raw)}") + f", or {', '.join(map(str, void))} for void"
         self._where = f"{source}/{split}"
         self._resize: Callable[[Tensor], Tensor] | None = None
         if prepare.size and task == "classify":
@@ -100,10 +156,10 @@ class FileSplit(Split):
         label: Tensor | None = None
         if self.targets is not None:
             target = self.targets[index]
-            label = self._label(target) if isinstance(target, Path) else torch.tensor(target)
+            label = torch.tensor(target) if isinstance(target, int) else self._label(target)
         if label is not None and label.ndim == 2 and label.shape != image.shape[1:]:
             raise DataError(expected=f"a label picture of {tuple(image.shape[1:])} like its image", where=self._where,
-                            got=f"{tuple(label.shape)} in {self.targets and self.targets[index]}",
+                            got=f"{tuple(label.shape)} in {_told(self.targets and self.targets[index])}",
                             todo="make each pair one size")
         if self._resize is not None:
             image = self._resize(image)
@@ -124,23 +180,23 @@ class FileSplit(Split):
             raise DataError(expected="an image that can be read", got=f"{file} ({_why(error)})", where=self._where,
                             todo=UNREADABLE) from error
 
-    def _label(self, file: Path) -> Tensor:
-        label = self._decode(file, "as it is")
-        if label.ndim != 2:
+    def _label(self, target: Path | Drawn) -> Tensor:
+        raw = self._decode(target, "as it is") if isinstance(target, Path) else torch.from_numpy(target())
+        if raw.ndim != 2:
             raise DataError(expected="a label picture with one value per pixel, the class", where=self._where,
-                            got=f"{file} with {label.shape[-1]} channels", todo="map its colours to class ids first")
-        label = label.to(torch.uint8 if label.dtype == torch.bool else label.dtype)
-        for value in self.void:
-            label[label == value] = IGNORE
-        wrong = (label != IGNORE) & ((label >= self.num_classes) | (label < 0))
+                            got=f"{_told(target)} with {raw.shape[-1]} channels",
+                            todo="map its colours to class ids first")
+        raw = raw.to(torch.int64)
+        label = self._table[torch.where((raw >= 0) & (raw < 256), raw, 256)]
+        wrong = label < 0
         if bool(wrong.any()):
-            values = sorted(set(label[wrong].tolist()))
+            values = sorted(set(raw[wrong].tolist()))
             raise DataError(
-                expected=f"label values 0 to {self.num_classes - 1}, or {', '.join(map(str, self.void))} for void",
-                got=f"{file} with {', '.join(map(str, values[:10]))}", where=self._where,
+                expected=self._expected, got=f"{_told(target)} with {', '.join(map(str, values[:10]))}",
+                where=self._where,
                 todo="check that the labels are class ids of this data set, not colours or another set's ids",
             )
-        return label
+        return label.to(torch.uint8)
 
 
 def _hxw(size: tuple[int, int]) -> str:
@@ -150,3 +206,8 @@ def _hxw(size: tuple[int, int]) -> str:
 def _why(error: Exception) -> str:
     text = str(error).split(" '")[0]
     return "not an image, or damaged" if text.startswith("cannot identify") else text
+
+
+def _told(target: object) -> str:
+    """A file by its path, a drawing by what it is drawn from."""
+    return str(getattr(target, "name", target)) if not isinstance(target, Path) else str(target)

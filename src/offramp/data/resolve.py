@@ -13,13 +13,19 @@ from offramp._specs import Spec, load_callable, near, parse
 from offramp.data.base import SPLITS, Augment, Prepare, Source, Split, fingerprint
 from offramp.data.camvid import camvid
 from offramp.data.cifar10 import cifar10
+from offramp.data.cityscapes import cityscapes
+from offramp.data.coco import coco
 from offramp.data.imagefolder import imagefolder
 from offramp.data.scenes import scenes
+from offramp.data.voc import voc
 from offramp.errors import DataError, OfframpError
 
 __all__ = ["Foreign", "load_data"]
 
-READERS: dict[str, Callable[..., Source]] = {"camvid": camvid, "cifar10": cifar10, "imagefolder": imagefolder}
+READERS: dict[str, Callable[..., Source]] = {
+    "camvid": camvid, "cifar10": cifar10, "cityscapes": cityscapes, "coco": coco, "imagefolder": imagefolder,
+    "voc": voc,
+}
 PREPARE_OPTIONS = ("size", "mean", "std")
 
 
@@ -37,8 +43,9 @@ def load_data(
 ) -> Source | Split:
     """Find data by what a user types; the whole source, or one of its splits (or several, as ``train+unlabelled``).
 
-    ``spec`` is ``camvid:PATH``, ``cifar10:PATH``, ``imagefolder:PATH``, ``scenes``, each with options such as
-    ``?size=96x128`` (also n, seed, difficulty=0.2-0.8 and task for scenes; mean and std for all), or
+    ``spec`` is ``camvid:PATH``, ``cityscapes:PATH``, ``voc:PATH``, ``coco:PATH``, ``cifar10:PATH``,
+    ``imagefolder:PATH`` or ``scenes``, each with options such as ``?size=96x128`` (also mean and std; train=trainaug
+    and sbd for voc, min_area for coco, n, difficulty=0.2-0.8 and task for scenes, seed for all that draw), or
     ``package.module:callable``: a function that takes ``split`` and the options and returns a Dataset, or that takes
     the options alone and returns a Source or a dict of Datasets by split. Arguments here win over options in ``spec``.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offramp.data._street import CLASSES, KINDS, Scene, draw
 from offramp.data.base import Augment, Prepare, Source, Split
+from offramp.data.camvid import CAMVID_PALETTE
 from offramp.errors import DataError
 from offramp.types import Task
 
@@ -49,6 +50,7 @@ class Scenes(Split):
         _check(n, size, seed, difficulty, task, split)
         self.source, self.split, self.task = "scenes", split, task
         self.class_names = SCENE_CLASSES if task == "dense" else SCENE_KINDS
+        self.palette = CAMVID_PALETTE if task == "dense" else ()  # the classes stand in CamVid's order
         self.labels, self.size, self.seed = labels, (int(size[0]), int(size[1])), int(seed)
         self.low, self.high = round(difficulty[0] * 1000), round(difficulty[1] * 1000)
         self.prepare = prepare or Prepare(augment=augment)
@@ -117,7 +119,8 @@ def scenes(
 
     _check(n, size, seed, difficulty, task, "train")
     return Source(name="scenes", task=task, class_names=SCENE_CLASSES if task == "dense" else SCENE_KINDS,
-                  prepare=prepare or Prepare(), make={split: partial(make, split) for split in sizes})
+                  prepare=prepare or Prepare(), make={split: partial(make, split) for split in sizes},
+                  palette=CAMVID_PALETTE if task == "dense" else ())
 
 
 def scenes_splits(
