@@ -50,6 +50,11 @@ class Bench:
     """Dense MACs / adaptive MACs."""
     time_ratio: float
     """Dense time / adaptive time, of a row in the mean."""
+    setting: str = "input_dependent"
+    to_exit_ms: tuple[float, ...] = ()
+    """Of an anytime plan: from a call of a batch to each exit's answer, the last being the end."""
+    to_exit_macs: tuple[float, ...] = ()
+    """Of any plan: of a row to each exit, heads on the way counted."""
     machine: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,10 +70,13 @@ class Bench:
         lines = [f"{self.engine} {self.dtype}, batch {self.batch}, rows by exit "
                  + " / ".join(f"{share:.0%}" for share in self.exit_shares),
                  f"{'':10}{'p50 ms':>10}{'p95 ms':>10}{'rows/s':>10}{'GMACs/row':>11}"]
-        for name, side in (("adaptive", self.adaptive), ("untouched", self.dense), ("smaller", self.small)):
+        mine = "adaptive" if self.setting == "input_dependent" else self.setting
+        for name, side in ((mine, self.adaptive), ("untouched", self.dense), ("smaller", self.small)):
             if side is not None:
                 lines.append(f"{name:10}{side.p50_ms:10.2f}{side.p95_ms:10.2f}{side.rows_per_s:10.2f}"
                              f"{side.macs / 1e9:11.3f}" + ("" if side.quiet else "  (busy machine)"))
+        if self.to_exit_ms:
+            lines.append("answers after " + ", ".join(f"{ms:.2f}" for ms in self.to_exit_ms) + " ms")
         lines.append(f"{self.macs_ratio:.3f}x fewer MACs, {self.time_ratio:.3f}x faster: "
                      f"{self.share:.3f} of the saving arrives")
         return "\n".join(lines)
@@ -127,7 +135,7 @@ def bench(
         engine by :func:`dense_like` (one made before may be passed, compiled code and all).
     inputs: a tensor, a tuple of arguments or a dict of keyword arguments, with as many rows as shall be answered.
         At batch 1 one row of each exit is timed and weighted by how many rows leave there; at larger batches every
-        whole batch is timed.
+        whole batch is timed. Of an anytime plan the whole refinement is timed, and the time to each exit's answer.
     """
     rows = _rows(inputs)
     if batch < 1 or rows < batch:
@@ -144,7 +152,13 @@ def bench(
     where = torch.cat(exits)
     shares = torch.bincount(where, minlength=len(fast.plan.exits) + 1).double() / len(where)
     chosen = _representatives(where) if batch == 1 else {f"batch {i}": (i, 1.0) for i in range(len(chunks))}
-    fns: dict[str, Callable[[], Any]] = {name: _call(fast, chunks[i]) for name, (i, _) in chosen.items()}
+    refines, ends = fast.plan.setting == "anytime", range(len(fast.legs))
+    fns: dict[str, Callable[[], Any]] = {
+        name: _until(fast, chunks[i], ends[-1]) if refines else _call(fast, chunks[i])
+        for name, (i, _) in chosen.items()
+    }
+    if refines:
+        fns |= {f"to {k}": _until(fast, chunks[0], k) for k in ends}
     fns["dense"] = _call(plain, chunks[0])
     if smaller is not None:
         fns["small"] = _call(smaller, chunks[0])
@@ -160,7 +174,9 @@ def bench(
         batch=batch, engine=fast.engine, dtype=str(dtype).removeprefix("torch."), adaptive=adaptive, dense=dense,
         small=None if smaller is None else _side([(times["small"], 1.0)], batch, _macs(smaller, one)),
         exit_shares=tuple(shares.tolist()), macs_ratio=dense.macs / adaptive.macs,
-        time_ratio=dense.row_ms / adaptive.row_ms, machine=describe_machine(),
+        time_ratio=dense.row_ms / adaptive.row_ms, setting=fast.plan.setting,
+        to_exit_ms=tuple(times[f"to {k}"].p50_ms for k in ends) if refines else (),
+        to_exit_macs=tuple(to_exit.tolist()), machine=describe_machine(),
     )
 
 
@@ -228,6 +244,12 @@ def _pick(inputs: Any, rows: slice) -> Any:
     return pytree.tree_map(
         lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count else leaf, inputs
     )
+
+
+def _until(fast: Adaptive, inputs: Any, k: int) -> Callable[[], Any]:
+    """To the answer of exit k, by way of those before it."""
+    args, kwargs = _args(inputs), _kwargs(inputs)
+    return lambda: next(one for one in fast.anytime(*args, **kwargs) if one.exit_index == k)
 
 
 def _call(network: nn.Module, inputs: Any) -> Callable[[], Any]:
