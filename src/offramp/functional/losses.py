@@ -6,7 +6,7 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 
-__all__ = ["cross_entropy", "distillation", "kl_to_teacher", "positive_filtering"]
+__all__ = ["Lesson", "cross_entropy", "distillation", "kl_to_teacher", "positive_filtering"]
 
 
 def kl_to_teacher(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -59,7 +59,7 @@ def distillation(
     >>> distillation(same, label, same, alpha=0.0).item()
     0.0
     """
-    return _taught(logits, labels, teacher, alpha, temperature, ignore, None)
+    return Lesson(labels, teacher, alpha, temperature, ignore, filtered=False)(logits)
 
 
 def positive_filtering(
@@ -80,22 +80,40 @@ def positive_filtering(
     >>> positive_filtering(torch.zeros(1, 2), torch.tensor([0]), wrong, alpha=1.0).item()
     0.0
     """
-    return _taught(logits, labels, teacher, alpha, temperature, ignore, teacher.argmax(1) == labels)
+    return Lesson(labels, teacher, alpha, temperature, ignore, filtered=True)(logits)
 
 
-def _taught(
-    logits: Tensor, labels: Tensor, teacher: Tensor, alpha: float, temperature: float, ignore: int,
-    counted: Tensor | None,
-) -> Tensor:
-    if logits.shape != teacher.shape or labels.shape != logits.shape[:1] + logits.shape[2:]:
-        raise OfframpError(
-            expected="logits and teacher of one shape (N, K, ...) and labels (N, ...)", where="distillation",
-            got=f"{tuple(logits.shape)}, {tuple(teacher.shape)} and {tuple(labels.shape)}",
-        )
-    valid = labels != ignore
-    told = labels.long() if counted is None else torch.where(counted, labels.long(), ignore)
-    hard = F.cross_entropy(logits.float(), told, ignore_index=ignore, reduction="sum")
-    student = (logits.float() / temperature).log_softmax(1)
-    goal = (teacher.detach().float() / temperature).log_softmax(1)
-    apart = (F.kl_div(student, goal, reduction="none", log_target=True).sum(1) * valid).sum()
-    return (alpha * hard + (1 - alpha) * temperature**2 * apart) / valid.sum().clamp(min=1)
+class Lesson:
+    """Either of these losses for many exits: ``Lesson(...)(logits)``; what does not depend on the exit is done once.
+
+    At T = 1 labels and teacher are one cross-entropy against a mixture, which costs an exit one softmax.
+    """
+
+    def __init__(
+        self, labels: Tensor, teacher: Tensor, alpha: float, temperature: float = 1.0, ignore: int = 255, *,
+        filtered: bool,
+    ) -> None:
+        if labels.shape != teacher.shape[:1] + teacher.shape[2:]:
+            raise OfframpError(expected="teacher (N, K, ...) and labels (N, ...)", where="distillation",
+                               got=f"{tuple(teacher.shape)} and {tuple(labels.shape)}")
+        valid, teacher = labels != ignore, teacher.detach().float()
+        told = valid & (teacher.argmax(1) == labels) if filtered else valid
+        self.temperature, self.count = temperature, valid.sum().clamp(min=1)
+        self.alpha, self.labels = alpha, torch.where(told, labels.long(), ignore)
+        self.ignore = ignore
+        goal = (teacher / temperature).log_softmax(1)
+        self.soft = goal.exp() * ((1 - alpha) * temperature**2 / self.count * valid).unsqueeze(1)
+        self.offset = (self.soft * goal).sum()
+        if temperature == 1:
+            place = torch.where(told, labels.long(), 0).unsqueeze(1)
+            self.soft.scatter_add_(1, place, (alpha / self.count * told).unsqueeze(1))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if logits.shape != self.soft.shape:
+            raise OfframpError(expected=f"logits of the teacher's shape {tuple(self.soft.shape)}",
+                               got=str(tuple(logits.shape)), where="distillation")
+        apart = self.offset - (self.soft * (logits.float() / self.temperature).log_softmax(1)).sum()
+        if self.temperature == 1:
+            return apart
+        hard = F.cross_entropy(logits.float(), self.labels, ignore_index=self.ignore, reduction="sum")
+        return apart + self.alpha * hard / self.count

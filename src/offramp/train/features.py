@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from offramp.errors import DataError
 from offramp.train.augment import changed
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Features", "Refused", "collect", "frontiers", "module_fingerprint"]
 
 VERSION = 2
-CHANCE = ("views", "augment", "augment_pair", "seed")
+KEYS = ("views", "augment", "augment_pair", "seed", "loss_stride")
 FP16_LARGEST = float(torch.finfo(torch.float16).max)
 
 
@@ -42,7 +43,7 @@ class Features:
     tensors: tuple[tuple[Tensor, ...], ...]
     """Per site, per live tensor: (V * N, ...), view by view."""
     teacher: Tensor
-    """(V * N, K, ...) float32."""
+    """(V * N, K, ...) float32; on the grid of a recipe's ``loss_stride``, as labels are."""
     count: int
     """N."""
     batch_size: int
@@ -115,6 +116,27 @@ def frontiers(net: "MultiExit", batch: Batch) -> tuple[list[tuple[Tensor, ...]],
     return seen, net.logits(net.stages[-1](state))
 
 
+def grid(logits: Tensor, stride: int) -> list[int]:
+    """Where losses are computed: the size of maps, so many times coarser; nothing for logits (N, K)."""
+    return [max(1, round(size / stride)) for size in logits.shape[2:]]
+
+
+def logits_on(size: list[int], logits: Tensor) -> Tensor:
+    """Logits (N, K, H, W) in float32 on a grid of that size, bilinearly."""
+    if list(logits.shape[2:]) == size:
+        return logits.float()
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+
+
+def labels_on(size: list[int], labels: Tensor) -> Tensor:
+    """Labels (N, H, W) on a grid of that size, each of the pixel at its middle."""
+    if list(labels.shape[1:]) == size:
+        return labels
+    rows, columns = [((torch.arange(goal, device=labels.device) + 0.5) * now / goal).long()
+                     for goal, now in zip(size, labels.shape[1:], strict=True)]
+    return labels[:, rows[:, None], columns]
+
+
 def collect(
     net: "MultiExit", source: Source, recipe: Recipe, *, folder: Path, limit_bytes: int, device: torch.device
 ) -> Features:
@@ -126,7 +148,7 @@ def collect(
     if recipe.augmented and recipe.views == 1:
         raise Refused("an augmentation without views is drawn anew in every pass")
     key = {"version": VERSION, "backbone": module_fingerprint(net.backbone), "sites": [site.name for site in net.sites],
-           "rows": source.count, "recipe": {k: recipe.to_json()["data"][k] for k in CHANCE}}
+           "rows": source.count, "recipe": {k: recipe.to_json()["data"][k] for k in KEYS}}
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     if (folder / "meta.json").is_file():
@@ -170,9 +192,11 @@ def _write(
                 todo = "check that the inputs are finite and scaled as the network expects"
                 raise DataError(expected="finite logits from the backbone", got="NaN or infinity",
                                 where=f"batch {number}", todo=todo)
+            size = grid(teacher, recipe.loss_stride)
+            teacher = logits_on(size, teacher)
             rows = [[_shrink(t) for t in site] for site in sites] + [[teacher.float().cpu()]]
             if batch.labels is not None:
-                rows.append([batch.labels.short().cpu()])
+                rows.append([labels_on(size, batch.labels).short().cpu()])
             if not files:
                 total = _check_room(rows, source.count * recipe.views, limit_bytes, part)
                 files = _create(rows, source.count * recipe.views, part, len(sites))

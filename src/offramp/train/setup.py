@@ -132,7 +132,7 @@ def cached(
     if limit_bytes == 0:
         notes.append("features: not cached, as asked (cache_bytes=0)")
         return source, checks
-    plain = replace(recipe, views=1, augment=None, augment_pair=None)
+    plain = replace(recipe, views=1, augment=None, augment_pair=None, loss_stride=1)
     try:
         features = _collect(net, source, recipe, folder / "features", limit_bytes, accelerator)
     except Refused as why:

@@ -4,16 +4,16 @@ Axes: N samples, E trained columns, K classes.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.functional.losses import cross_entropy, distillation, kl_to_teacher, positive_filtering
+from offramp.functional.losses import Lesson, cross_entropy, kl_to_teacher
 from offramp.functional.metrics import confusion, mean_iou
 from offramp.train.batches import Batch, Source
-from offramp.train.features import frontiers
+from offramp.train.features import frontiers, grid, labels_on, logits_on
 from offramp.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -72,28 +72,25 @@ class _Goal:
     """What all exits of a batch are held against, on the grid where losses are computed."""
 
     def __init__(self, recipe: Recipe, teacher: Tensor, labels: Tensor | None, stride: int) -> None:
-        self.recipe = recipe
-        self.grid = [max(1, round(size / stride)) for size in teacher.shape[2:]]
-        self.teacher, self.labels = self.resized(teacher.detach()), labels
-        if labels is not None and list(labels.shape[1:]) != self.grid:
-            rows, columns = [((torch.arange(goal, device=labels.device) + 0.5) * size / goal).long()
-                             for goal, size in zip(self.grid, labels.shape[1:], strict=True)]
-            self.labels = labels[:, rows[:, None], columns]
+        self.recipe, self.grid = recipe, grid(teacher, stride)
+        self.teacher = self.resized(teacher.detach())
+        self.labels = None if labels is None else labels_on(self.grid, labels)
         self.own = self.teacher.argmax(1)
 
+    @cached_property
+    def lesson(self) -> Lesson:
+        assert self.labels is not None, "the recipe reads labels"
+        recipe = self.recipe
+        return Lesson(self.labels, self.teacher, recipe.alpha, recipe.temperature, filtered=recipe.loss == "pfd")
+
     def resized(self, logits: Tensor) -> Tensor:
-        if list(logits.shape[2:]) == self.grid:
-            return logits.float()
-        return F.interpolate(logits.float(), self.grid, mode="bilinear", align_corners=False)
+        return logits_on(self.grid, logits)
 
     def loss(self, logits: Tensor) -> Tensor:
-        recipe = self.recipe
+        """The recipe's, of logits on the grid."""
         if self.labels is None:
-            return kl_to_teacher(logits, self.teacher, recipe.temperature)
-        if recipe.loss == "labels":
-            return cross_entropy(logits, self.labels)
-        against = positive_filtering if recipe.loss == "pfd" else distillation
-        return against(logits, self.labels, self.teacher, recipe.alpha, recipe.temperature)
+            return kl_to_teacher(logits, self.teacher, self.recipe.temperature)
+        return cross_entropy(logits, self.labels) if self.recipe.loss == "labels" else self.lesson(logits)
 
 
 class Pass:
@@ -111,6 +108,7 @@ class Pass:
 
     def __call__(self, batch: Batch, step: int, rows: int, scale: float) -> Tensor:
         """Leave gradients of ``scale`` times the loss; (E, 6) sums of what was said over so many rows."""
+        stride = 1 if batch.teacher is not None else self.recipe.loss_stride  # features come on their grid
         early = [c for c in self.columns if c != self.final]
         turn = tuple(early[i] for i in self.recipe.turn(step, len(early)))
         place = {c: k for k, c in enumerate(self.columns)}
@@ -126,7 +124,7 @@ class Pass:
         if self.one_by_one:
             with self.accelerator.autocast():
                 frontiers, teacher = self.exits.frontiers(batch)
-            goal = _Goal(self.recipe, teacher, batch.labels, self.exits.stride)
+            goal = _Goal(self.recipe, teacher, batch.labels, stride)
             for column in turn:
                 with self.accelerator.autocast():
                     logits = self.exits.head(column, frontiers[self.exits.sites[column]])
@@ -135,8 +133,7 @@ class Pass:
                     self.accelerator.backward(loss)
         else:
             said = self.model(batch.args, batch.kwargs, turn)
-            goal = _Goal(self.recipe, said[-1] if batch.teacher is None else batch.teacher, batch.labels,
-                         self.exits.stride)
+            goal = _Goal(self.recipe, said[-1] if batch.teacher is None else batch.teacher, batch.labels, stride)
             wanted = [*turn, self.final] if self.final in self.weights else turn
             losses = [weigh(c, logits, goal) for c, logits in zip(wanted, said, strict=False)]
             self.accelerator.backward(torch.stack(losses).sum())
@@ -193,8 +190,8 @@ def measure(net: "MultiExit", recipe: Recipe, source: Source, device: torch.devi
                 said = fine.resized(said)
                 loss = kl_to_teacher(coarse.resized(said), coarse.teacher)
                 sums[k] += _said(said, loss, fine, len(batch), look=True)
-                if dense and batch.labels is not None:
-                    matrices[k] += confusion(said.argmax(1), batch.labels, net.num_classes).sum(0)
+                if dense and fine.labels is not None:
+                    matrices[k] += confusion(said.argmax(1), fine.labels, net.num_classes).sum(0)
     found = means(sums.cpu(), names)
     if dense:
         found["miou"] = dict(zip(names, mean_iou(matrices.cpu()).tolist(), strict=True)) if matrices.any() else {}
