@@ -23,7 +23,7 @@ def hold(net: offramp.MultiExit, calibration: Any, test: Any, *, max_drop: float
     fitted = offramp.record(net, calibration, latency=False, split="calibration")
     table = offramp.record(net, test, latency=False, split="test", batch_size=16)
     searched = offramp.search(fitted, max_drop=max_drop, **search)
-    for plan in (searched, spread(fitted, searched.policy)):
+    for plan in (searched, spread(fitted, searched.policy), spread(fitted, searched.policy, shares=True)):
         replayed = offramp.replay(table, plan)
         assert plan is searched or min(replayed.counts) > 0, f"rows at every exit, not {replayed.counts}"
         taken = table.logits if table.task == "classify" else table.probs
@@ -41,18 +41,29 @@ def hold(net: offramp.MultiExit, calibration: Any, test: Any, *, max_drop: float
             assert torch.allclose(torch.cat(said), wanted, atol=1e-4, rtol=1e-4), "the answers are those of the table"
 
 
-def spread(table: offramp.ExitTable, policy: offramp.Thresholds) -> Plan:
-    """A plan by which about equal shares leave at every exit, whatever that does to accuracy."""
+def spread(table: offramp.ExitTable, policy: offramp.Thresholds, *, shares: bool = False) -> Plan:
+    """A plan by which about equal shares leave at every exit, whatever that does to accuracy.
+
+    ``shares``: dense images are judged by their share of sure pixels, which are about half of all.
+    """
     exits = len(table.columns) - 1
-    base = offramp.Thresholds(confidence=policy.confidence, thresholds=(0.0,) * exits)
+    pixels: tuple[float, ...] = ()
+    if table.task == "dense" and shares:
+        counts = table.histograms[policy.confidence].double()
+        above = counts.flip(2).cumsum(2).flip(2)[:, :, ::16].mean(0) / counts[0, 0].sum()
+        pixels = tuple(int((above[e] - 0.5).abs().argmin()) / 64 for e in range(exits))
+    base = offramp.Thresholds(confidence=policy.confidence, thresholds=(0.0,) * exits, pixel_thresholds=pixels)
     alive, thresholds = torch.arange(len(table)), []
     for e in range(exits):
         scores = base.score(e, table.evidence(range(e + 1), alive)).double().sort().values
-        cut = len(scores) - len(scores) // (exits + 1 - e)
+        cut, reach = len(scores) - len(scores) // (exits + 1 - e), max(1, len(scores) // 8) if shares else 0
+        near = range(max(1, cut - reach), min(len(scores) - 1, cut + reach) + 1)
+        cut = max(near, key=lambda i: float(scores[i] - scores[i - 1]))  # shares tie, and a last bit would part them
         thresholds.append(float((scores[cut - 1] + scores[cut]) / 2))
         alive = alive[base.score(e, table.evidence(range(e + 1), alive)).double() < thresholds[-1]]
     return Plan(exits=table.names[:-1], task=table.task,
-                policy=offramp.Thresholds(confidence=policy.confidence, thresholds=tuple(thresholds)))
+                policy=offramp.Thresholds(confidence=policy.confidence, thresholds=tuple(thresholds),
+                                          pixel_thresholds=pixels))
 
 
 def stirred(model: nn.Module) -> nn.Module:
@@ -69,8 +80,10 @@ def example(data: Any) -> Tensor:
     return torch.stack([item[0] if isinstance(item, tuple) else item for item in (data[0], data[1])])
 
 
-@pytest.mark.parametrize("confidence", ["top", "entropy"])
-@pytest.mark.parametrize("task", ["classify", "dense"])
+@pytest.mark.parametrize(("task", "confidence"), [
+    ("classify", "top"), ("classify", "entropy"), ("dense", "top"), ("dense", "entropy"), ("dense", "top_edges"),
+    ("dense", "entropy_edges"),
+])
 def test_on_scenes(task: Any, confidence: str) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -79,7 +92,8 @@ def test_on_scenes(task: Any, confidence: str) -> None:
     net = offramp.attach(guest, example(source["calibration"]), exits=3)
     with torch.no_grad():  # fresh heads are sure of nothing, and all scores would tie
         for head in net.heads.values():
-            [m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1].weight.mul_(200)
+            [m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1].weight.mul_(
+                200 if task == "classify" else 2000)
     hold(net, source["calibration"], source["test"], max_drop=0.5, confidence=confidence, against="backbone")
 
 

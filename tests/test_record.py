@@ -1,5 +1,6 @@
 """record: what stands in the table is what the network says, sample by sample."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import offramp
-from offramp.errors import DataError
+from offramp.errors import DataError, OfframpError
 from offramp.functional.confidence import top
+from offramp.functional.edges import semantic_edges, smooth_edges
+from offramp.functional.summaries import histogram
 from runtime.nets import classifier, images, segmenter
 
 LABELS = torch.arange(10) % 5
@@ -103,6 +106,56 @@ def test_dense_matrices_against_brute_force() -> None:
             assert (table.histograms["top"][n, e] - torch.bincount(bins, minlength=1024)).abs().sum() <= 2
     assert torch.allclose(table.probs, said.softmax(2).mean((3, 4)), atol=1e-6) and table.class_names == tuple("abcd")
     assert offramp.record(net, [x], latency=False).confusion is None
+
+
+def test_histograms_of_edges_are_as_thick_as_the_exits_stride() -> None:
+    net, x = segmenter(), images(5, 16)
+    assert [column.stride for column in net.columns] == [2, 2, 2], "each head reads maps of half the output's size"
+    table = offramp.record(net, batches(x, 2), latency=False)
+    assert list(table.histograms) == ["top", "margin", "entropy", "top_edges", "entropy_edges"]
+    with torch.no_grad():
+        said = net.eval()(x)
+    for e, logits in enumerate(said):
+        smoothed = smooth_edges(top(logits), semantic_edges(logits.argmax(1), 2), 2)
+        assert (table.histograms["top_edges"][:, e] - histogram(smoothed)).abs().sum() <= 4
+
+
+def test_only_what_is_asked_for_is_kept() -> None:
+    net, x = segmenter(), images(5, 16)
+    whole = offramp.record(net, batches(x, 2), latency=False)
+    some = offramp.record(net, batches(x, 2), latency=False, confidences=("entropy_edges",), agreement=False)
+    assert list(some.histograms) == ["entropy_edges"] and some.agreement is None
+    assert torch.equal(some.histograms["entropy_edges"], whole.histograms["entropy_edges"])
+    assert torch.equal(some.agreement_confusion, whole.agreement_confusion)
+    assert some.evidence([0, 1]).agreement is None
+    leave = offramp.Thresholds(confidence="entropy_edges", thresholds=(0.5, 0.5), pixel_thresholds=(0.5, 0.75))
+    plan = offramp.Plan(exits=("one", "two"), policy=leave, task="dense")
+    assert torch.equal(offramp.replay(some, plan).exit_index, offramp.replay(whole, plan).exit_index)
+    exits = offramp.replay(some, plan).exit_index
+    torch.testing.assert_close(offramp.replay(some, plan).agrees,
+                               whole.agreement[torch.arange(5), exits, -1].double())
+    with pytest.raises(OfframpError, match=r"confidences=\('top',\)"):
+        offramp.search(some, max_drop=0.1, against="backbone")
+    with pytest.raises(OfframpError, match="'sure'|sure"):
+        offramp.record(net, [x], latency=False, confidences=("sure",))
+
+
+def test_one_heads_pixels_are_held_at_a_time() -> None:
+    """Logits as large as the image for hundreds of heads would not fit; each is summarised and forgotten."""
+    net, x = segmenter(), images(3, 16)
+    held: list[Any] = []
+    most = 0
+
+    def watch(_: nn.Module, __: Any, said: Tensor) -> None:
+        nonlocal most
+        held.append(weakref.ref(said))
+        most = max(most, sum(one() is not None for one in held))
+
+    hooks = [head.register_forward_hook(watch) for head in net.heads.values()]
+    offramp.record(net, [x], latency=False)
+    for hook in hooks:
+        hook.remove()
+    assert len(held) >= 2 and most == 1
 
 
 def test_costs_are_counted_as_another_counter_counts_them() -> None:

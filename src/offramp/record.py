@@ -150,19 +150,34 @@ class _Collected:
             state = stage(state)
             states.append(state)
         final = self.net.logits(self.net.stages[-1](state))
-        collect = self._classify if self.net.task == "classify" else self._dense
-        collect(self._heads(states, final), final, batch.labels)
-        self.count += len(final)
+        count, size = len(final), tuple(final.shape[2:])
+        if batch.labels is not None and tuple(batch.labels.shape) != (count, *size):
+            raise DataError(
+                expected=f"labels {(count, *size)}{', as large as the logits' if size else ''}",
+                got=str(tuple(batch.labels.shape)), where=f"record(), sample {self.count}",
+                todo="bring labels to the output's size (nearest), or drop them." if size else "",
+            )
+        told = read(final, (), labels=True).labels if self.net.task == "dense" else None
+        passed: list[Tensor] = []
+        found: dict[str, list[Tensor]] = {}
 
-    def _heads(self, states: Sequence[Any], final: Tensor) -> Iterator[Tensor]:
-        """Each column's logits as they are made, the backbone's own last."""
+        def take(c: int, logits: Tensor) -> None:
+            self._check(c, logits, tuple(final.shape))
+            said = {"logits": logits.float()} if told is None else self._dense(c, logits, told, batch.labels, passed)
+            for name, tensor in said.items():
+                found.setdefault(name, []).append(tensor.cpu())
+
         for k, state in enumerate(states):
-            for c in self.net.columns_at(k):
-                said = self.net.head(self.net.columns[c].name)(*state.tensors)
-                self._check(c, said, tuple(final.shape))
-                yield said
-        self._check(len(self.net.columns) - 1, final, tuple(final.shape))
-        yield final
+            for c in self.net.columns_at(k):  # no name for the logits: nothing holds them while the next are made
+                take(c, self.net.head(self.net.columns[c].name)(*state.tensors))
+        take(len(self.net.columns) - 1, final)
+        self._keep(**{name: torch.stack(parts, dim=1) for name, parts in found.items()})
+        if self.agreement and passed:
+            self._keep(agreement=torch.stack(
+                [torch.stack([agreement(one, other) for other in passed], dim=1) for one in passed], dim=1))
+        if self.net.task == "classify" and batch.labels is not None:
+            self._keep(labels=batch.labels.long())
+        self.count += count
 
     def _check(self, column: int, logits: Tensor, wanted: tuple[int, ...]) -> None:
         name = self.net.columns[column].name
@@ -183,40 +198,16 @@ class _Collected:
         for name, tensor in tensors.items():
             self.parts.setdefault(name, []).append(tensor.cpu())
 
-    def _classify(self, said: Iterable[Tensor], final: Tensor, labels: Tensor | None) -> None:
-        self._keep(logits=torch.stack([logits.float() for logits in said], dim=1))
+    def _dense(self, c: int, logits: Tensor, told: Tensor, labels: Tensor | None,
+               passed: list[Tensor]) -> dict[str, Tensor]:
+        column, classes = self.net.columns[c], self.net.num_classes
+        one = summarise(logits, confidences=self.confidences, stride=column.stride)
+        if self.agreement:
+            passed.append(one.labels)
+        said = {"probs": one.probs, "agreement_confusion": confusion(one.labels, told, classes)}
         if labels is not None:
-            if tuple(labels.shape) != (len(final),):
-                raise DataError(expected=f"labels ({len(final)},)", got=str(tuple(labels.shape)),
-                                where=f"record(), sample {self.count}")
-            self._keep(labels=labels.long())
-
-    def _dense(self, said: Iterable[Tensor], final: Tensor, labels: Tensor | None) -> None:
-        classes, size = self.net.num_classes, final.shape[-2:]
-        if labels is not None and tuple(labels.shape) != (len(final), *size):
-            raise DataError(
-                expected=f"labels ({len(final)}, {size[0]}, {size[1]}), as large as the logits",
-                got=str(tuple(labels.shape)), where=f"record(), sample {self.count}",
-                todo="bring labels to the output's size (nearest), or drop them.",
-            )
-        told = read(final, (), labels=True).labels
-        assert told is not None
-        found: dict[str, list[Tensor]] = {}
-        passed: list[Tensor] = []
-        for column, logits in zip(self.net.columns, said, strict=True):
-            one = summarise(logits, confidences=self.confidences, stride=column.stride)
-            new = {"probs": one.probs, "agreement_confusion": confusion(one.labels, told, classes),
-                   **{f"histogram.{name}": counts for name, counts in one.histograms.items()}}
-            if labels is not None:
-                new["confusion"] = confusion(one.labels, labels, classes)
-            for name, tensor in new.items():
-                found.setdefault(name, []).append(tensor.cpu())
-            if self.agreement:
-                passed.append(one.labels)
-        self._keep(**{name: torch.stack(parts, dim=1) for name, parts in found.items()})
-        if passed:
-            self._keep(agreement=torch.stack(
-                [torch.stack([agreement(one, other) for other in passed], dim=1) for one in passed], dim=1))
+            said["confusion"] = confusion(one.labels, labels, classes)
+        return {**said, **{f"histogram.{name}": counts for name, counts in one.histograms.items()}}
 
     def table(self, *, costs: Costs, class_names: tuple[str, ...], model: str, source: str,
               meta: Mapping[str, Any]) -> ExitTable:

@@ -51,6 +51,17 @@ def test_all_faults_are_told_at_once() -> None:
         assert part in str(caught.value)
 
 
+def test_confidence_across_edges_is_cut_at_multiples_of_a_64th() -> None:
+    assert Thresholds(confidence="top_edges", thresholds=(0.5,), pixel_thresholds=(0.765625,)).reads == ("top_edges",)
+    with pytest.raises(OfframpError, match="1/64"):
+        Thresholds(confidence="top_edges", thresholds=(0.5,), pixel_thresholds=(0.75 + 1 / 1024,))
+    policy = Thresholds(confidence="entropy_edges", thresholds=(0.5, 0.5))
+    with pytest.raises(OfframpError, match="images of labels"):
+        policy.decide(0, Evidence(logits=torch.zeros(2, 1, 3)))
+    with pytest.raises(OfframpError, match=r"confidences=\('entropy_edges',\)"):
+        policy.decide(0, dense(4, 2).evidence([0]))
+
+
 def test_an_answer_of_another_shape_is_refused() -> None:
     for answer in (torch.ones(2, 1, dtype=torch.bool), torch.ones(2), torch.ones(3, dtype=torch.bool)):
         with pytest.raises(OfframpError, match=r"bool \(2,\)"):

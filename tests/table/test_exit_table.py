@@ -176,6 +176,28 @@ def test_parts_are_disjoint_and_marked() -> None:
         table.split_rows({"fit": 0.8, "hold": 0.3})
 
 
+def test_any_histograms_and_no_agreement_are_kept_through_files(tmp_path: Path) -> None:
+    table = dense(5, 2)
+    columns = tuple(replace(column, stride=4 * (e + 1)) for e, column in enumerate(table.columns))
+    part = replace(table, columns=columns, agreement=None, histograms={"top_edges": table.histograms["top"]})
+    part.save(tmp_path)
+    same(ExitTable.load(tmp_path), part)
+    same(ExitTable.concat([part.slice(slice(0, 2)), part.slice(slice(2, None))]), part)
+    assert part.select(["block1"]).agreement is None and part.evidence([0]).agreement is None
+    assert [column.stride for column in ExitTable.load(tmp_path).columns] == [4, 8, 12]
+    with pytest.raises(OfframpError, match="histograms of"):
+        replace(table, histograms={"sure": table.histograms["top"]})
+
+
+def test_a_table_without_strides_is_still_read(tmp_path: Path) -> None:
+    page = dense(5, 2).save(tmp_path)
+    record = json.loads(page.read_text())
+    for column in record["columns"]:
+        del column["stride"]
+    page.write_text(json.dumps({**record, "version": 1}))
+    assert [column.stride for column in ExitTable.load(tmp_path).columns] == [1, 1, 1]
+
+
 def test_select_keeps_the_backbone_and_the_order() -> None:
     table = classify(12, 3, 3).select(["block2", "block0"])
     assert table.names == ("block0", "block2", "final")
