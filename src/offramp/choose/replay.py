@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from offramp.choose.policies import checked
 from offramp.errors import PlanError
 from offramp.functional.metrics import mean_iou
 from offramp.table import ExitTable
-from offramp.types import Plan
+from offramp.types import Plan, Setting
 
 __all__ = ["Replay", "replay"]
 
@@ -30,6 +31,8 @@ class Replay:
     """The batch at which ``latency_ms`` holds; None where none was measured."""
     notes: tuple[str, ...] = ()
     """What a report must warn of."""
+    setting: Setting = "input_dependent"
+    """The plan's, which says what its costs mean."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,6 +140,28 @@ class Replay:
             return None
         return self.table.costs.at(batch=self.latency_batch).dense_p50_ms / self.latency_batch
 
+    def bytes_of(self, unit: Literal["param_bytes", "peak_bytes"]) -> int:
+        """What the plan's network holds: ``budgeted`` without what lies deeper than its exit (MESS, Table 1)."""
+        return int(self.table.costs.price(self.columns, unit, setting=self.setting))
+
+    @property
+    def speaks(self) -> tuple[dict[str, object], ...]:
+        """Of each column in order of depth, were it asked for every sample: quality and what it takes to get there."""
+        taken = self.table.confusion
+        macs = self.table.costs.path(self.columns, "macs")
+        late = None if self.latency_batch is None else self.table.costs.path(
+            self.columns, "latency_ms", batch=self.latency_batch)
+        out: list[dict[str, object]] = []
+        for k, column in enumerate(self.columns):
+            quality: float | None = None
+            if taken is not None:
+                quality = float(mean_iou(taken[:, column].sum(dim=0)))
+            elif self.table.logits is not None and self.table.labels is not None:
+                quality = float((self.table.logits[:, column].argmax(-1) == self.table.labels).double().mean())
+            out.append({"name": self.names[k], "quality": quality, "macs": float(macs[k]),
+                        "latency_ms": None if late is None else float(late[k])})
+        return tuple(out)
+
     def figures(self) -> dict[str, object]:
         """What a plan keeps as ``predicted``: JSON values."""
         latency = self.latency_ms
@@ -146,7 +171,9 @@ class Replay:
             "latency_ms": None if latency is None else float(latency.mean()),
             "backbone_latency_ms": self.backbone_latency_ms, "latency_batch": self.latency_batch,
             "quality": self.quality, "backbone_quality": self.backbone_quality, "drop": self.drop,
-            "disagreement": self.disagreement,
+            "disagreement": self.disagreement, "setting": self.setting,
+            "param_bytes": self.bytes_of("param_bytes"), "peak_bytes": self.bytes_of("peak_bytes"),
+            **({"each": list(self.speaks)} if self.setting == "anytime" else {}),
         }
 
     def _taken(self, tensor: Tensor) -> Tensor:
@@ -194,4 +221,4 @@ def replay(table: ExitTable, plan: Plan, *, batch: int = 1) -> Replay:
         alive = alive[~leaves]
     measured = any(one.batch == batch for one in table.costs.latency)
     return Replay(table=table, exit_index=exit_index, columns=columns, latency_batch=batch if measured else None,
-                  notes=tuple(notes))
+                  notes=tuple(notes), setting=plan.setting)

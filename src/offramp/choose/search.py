@@ -1,31 +1,38 @@
 """Search a plan on a table: exits and thresholds for a tolerated loss, in seconds, without the network."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
+from offramp.choose.exact import Ask, exact, exact_front
+from offramp.choose.goal import Goal, Minimise, Progress
 from offramp.choose.joint import best_joint, count_subsets, subsets
 from offramp.choose.policies import Thresholds
 from offramp.choose.problem import Choice, Problem, pose, tally
 from offramp.choose.replay import replay
+from offramp.choose.space import payload, quality
 from offramp.errors import OfframpError
 from offramp.table import ExitTable, Unit
-from offramp.types import Plan
+from offramp.types import Plan, Setting
 
-__all__ = ["search"]
+__all__ = ["search", "search_front"]
 
-Tolerance = Literal["joint", "halving", "even"]
+Tolerance = Literal["joint", "halving", "even", "exact"]
 _ALL_SUBSETS = 4096  # up to here the paper's search over all subsets is made; a run of one takes half a millisecond
 PIXEL_THRESHOLDS = (None, 0.5, 0.75, 0.875, 0.9375)
 
 
 def search(
-    table: ExitTable, *, max_drop: float = 0.01, minimise: Unit = "macs", tolerance: Tolerance = "joint",
-    confidence: str = "top", max_exits: int | None = None, against: Literal["auto", "labels", "backbone"] = "auto",
-    batch: int = 1, steps: int = 100, temperatures: Sequence[float] | None = None,
-    smooth: bool | None = None, confidence_level: float | None = None,
+    table: ExitTable, *, max_drop: float | None = None, minimise: Minimise = "macs",
+    tolerance: Tolerance | None = None, confidence: str | Sequence[str] = "top", max_exits: int | None = None,
+    against: Literal["auto", "labels", "backbone"] = "auto", batch: int = 1, steps: int | None = None,
+    temperatures: Sequence[float] | None = None, smooth: bool | None = None, confidence_level: float | None = None,
+    setting: Setting = "input_dependent", min_miou: float | None = None, max_macs: float | None = None,
+    max_latency_ms: float | None = None, max_bytes: float | None = None, pixel_steps: int = 20,
+    time_limit_s: float | None = None, progress: Progress | None = None,
 ) -> Plan:
     """The cheapest plan on this table that loses at most ``max_drop`` (a fraction: 0.01 is one point) to the backbone.
 
@@ -36,6 +43,9 @@ def search(
     every exit judged alone as the paper does; the subset is then the cheapest of all (the largest K(S) of Eq. 4, for
     macs), or beyond 4,096 of them the one that growing finds. "joint" spends the tolerance
     where it saves most (``offramp.choose.joint`` says what is proven).
+
+    "exact" proves the optimum (MESS, 5.1): all subsets, heads and both thresholds together; see below. None is "exact"
+    for a dense table with several heads a site and wherever what only it can do is asked, else "joint".
 
     ``smooth``: hold the loss to ``max_drop`` both as observed and as a regression on the scores expects it, so that the
     search does not spend the luck of these samples; None: for "joint" alone, as the paper knows no such thing.
@@ -51,18 +61,28 @@ def search(
     built into the policy. ``minimise="latency_ms"`` reads the times measured at ``batch``.
 
     The plan without exits is always feasible; where nothing better is found it is returned, and its notes say so.
+
+    **Exact search.** ``setting`` "budgeted": a sub-model with one exit for every sample; "anytime": ``max_exits`` early
+    exits (1 unless given) that each reach the quality asked for, no later one worse, at the least overhead and of equal
+    ones the earliest; "input_dependent": at most ``max_exits`` (3 unless given, 3 at most) exits with ``steps`` (20)
+    image thresholds for each of ``pixel_steps`` pixel thresholds (Eq. 7), one confidence a plan, of several the best.
+    Costs are Table 1's (``Costs.price``). ``minimise="drop"`` maximises quality (Eq. 6). Hard constraints: ``max_drop``
+    (0.01 where no other goal for quality is set), ``min_miou``, ``max_macs`` and ``max_latency_ms`` a sample, in
+    "anytime" until the first answer, and ``max_bytes``, parameters and peak together. PlanError where none fits.
+    ``plan.certificate`` says how many configurations there are, how many each bound ruled out, and whether the optimum
+    is proven; ``time_limit_s`` stops with the best found and the gap that is left.
+
+    An exhaustive search spends the luck of its samples to the full: what it promises holds on the table alone. It knows
+    neither ``smooth`` nor ``confidence_level``, which make the loss something that does not add up over samples, and
+    refuses them; hold rows back with ``table.split_rows`` and ``replay`` the plan on those.
     """
-    if not 0 <= max_drop < 1:
-        raise OfframpError(expected="max_drop as a fraction in [0, 1)", got=repr(max_drop), where="search()",
-                           todo="one point is 0.01.")
-    if tolerance not in ("joint", "halving", "even"):
-        raise OfframpError(expected="tolerance 'joint', 'halving' or 'even'", got=repr(tolerance), where="search()")
-    if len(table) == 0:
-        raise OfframpError(expected="a table with samples", got="an empty one", where="search()")
-    if against not in ("auto", "labels", "backbone"):
-        raise OfframpError(expected="against 'auto', 'labels' or 'backbone'", got=repr(against), where="search()")
-    if against == "auto":
-        against = "labels" if table.has_labels else "backbone"
+    ask = _ask(table, locals())
+    if ask is not None:
+        return exact(table, ask)
+    assert isinstance(confidence, str) and minimise in ("macs", "latency_ms")
+    max_drop, tolerance, steps = 0.01 if max_drop is None else max_drop, tolerance or "joint", steps or 100
+    against = _against(table, against)
+    unit = cast(Unit, minimise)
     exits = len(table.columns) - 1
     fitted = tuple(temperatures) if temperatures is not None else (1.0,) * exits
     best: _Found | None = None
@@ -72,7 +92,7 @@ def search(
             temperatures=fitted if table.task == "classify" else (),
             pixel_thresholds=(pixel,) * exits if table.task == "dense" else (),
         )
-        problem = pose(table, policy, against=against, unit=minimise, batch=batch, steps=steps,
+        problem = pose(table, policy, against=against, unit=unit, batch=batch, steps=steps,
                        smooth=tolerance == "joint" if smooth is None else smooth)
         choice = _choose(problem, max_drop, tolerance, max_exits, confidence_level)
         chosen = tuple(sorted(choice))
@@ -92,6 +112,96 @@ def search(
     )
     return replace(plan, predicted={**replay(table, plan, batch=batch).figures(), "loss": best.loss,
                                     "loss_against": against})
+
+
+def search_front(table: ExitTable, **options: Any) -> list[Plan]:
+    """Every plan that no other beats in both the objective and the quality, the cheapest first: exact, as ``search``.
+
+    Takes what ``search`` takes; without ``max_drop`` or ``min_miou`` the front goes down to the cheapest plan of all.
+    Input-dependent fronts have as many points as there are thresholds that matter, each of them a search: give
+    ``time_limit_s``, or a small ``steps``.
+    """
+    if options.get("max_drop") is None and options.get("min_miou") is None:
+        options["max_drop"] = 1.0
+    defaults = {name: one.default for name, one in inspect.signature(search).parameters.items()}
+    unknown = set(options) - set(defaults)
+    if unknown or options.get("minimise") == "drop":
+        raise OfframpError(expected="options of search(), and a cost to minimise",
+                           got=", ".join(sorted(unknown)) or "minimise='drop'", where="search_front()")
+    ask = _ask(table, {**defaults, "tolerance": "exact", **options})
+    if ask is None:
+        raise OfframpError(expected="tolerance 'exact'", got=repr(options["tolerance"]), where="search_front()")
+    return exact_front(table, ask)
+
+
+def _against(table: ExitTable, against: str) -> Literal["labels", "backbone"]:
+    if against not in ("auto", "labels", "backbone"):
+        raise OfframpError(expected="against 'auto', 'labels' or 'backbone'", got=repr(against), where="search()")
+    if against == "auto":
+        return "labels" if table.has_labels else "backbone"
+    return cast(Literal["labels", "backbone"], against)
+
+
+def _ask(table: ExitTable, given: dict[str, Any]) -> Ask | None:
+    """What the exhaustive search is asked, the faults of any search told; None where another one answers."""
+    drop, minimise, tolerance, setting = (given[k] for k in ("max_drop", "minimise", "tolerance", "setting"))
+    if drop is not None and not (0 <= drop < 1 or (drop == 1 and tolerance == "exact")):
+        raise OfframpError(expected="max_drop as a fraction in [0, 1)", got=repr(drop), where="search()",
+                           todo="one point is 0.01.")
+    if tolerance not in (None, "joint", "halving", "even", "exact"):
+        raise OfframpError(expected="tolerance 'joint', 'halving', 'even' or 'exact'", got=repr(tolerance),
+                           where="search()")
+    if setting not in ("budgeted", "anytime", "input_dependent"):
+        raise OfframpError(expected="setting 'budgeted', 'anytime' or 'input_dependent'", got=repr(setting),
+                           where="search()")
+    if len(table) == 0:
+        raise OfframpError(expected="a table with samples", got="an empty one", where="search()")
+    against = _against(table, given["against"])
+    limits = {unit: float(given[f"max_{unit}"]) for unit in ("macs", "latency_ms", "bytes")
+              if given[f"max_{unit}"] is not None}
+    several = len({one.site for one in table.columns}) < len(table.columns)
+    only = [name for name, asked in (
+        (f"setting={setting!r}", setting != "input_dependent"), ("min_miou", given["min_miou"] is not None),
+        (f"minimise={minimise!r}", minimise not in ("macs", "latency_ms")),
+        *((f"max_{unit}", True) for unit in limits), ("several confidences", not isinstance(given["confidence"], str)),
+    ) if asked]
+    loose = [name for name in ("smooth", "confidence_level") if given[name]]
+    if tolerance is None:
+        tolerance = "exact" if only or (table.task == "dense" and several and not loose) else "joint"
+    if tolerance != "exact":
+        if only:
+            raise OfframpError(expected="tolerance 'exact' for " + ", ".join(only), got=repr(tolerance),
+                               where="search()", todo="leave tolerance out.")
+        return None
+    if loose:
+        raise OfframpError(expected="an exhaustive search without " + " and ".join(loose),
+                           got=", ".join(f"{name}={given[name]!r}" for name in loose), where="search()",
+                           todo="hold rows back with table.split_rows() and replay the plan on them, or set "
+                                "tolerance='joint'.")
+    if given["min_miou"] is not None and table.task != "dense":
+        raise OfframpError(expected="min_miou for a dense table", got="task 'classify'", where="search()",
+                           todo="set max_drop.")
+    exits = given["max_exits"] if given["max_exits"] is not None else (1 if setting == "anytime" else 3)
+    if not 0 <= exits <= 3:
+        raise OfframpError(expected="at most 3 exits", got=repr(exits), where="search(tolerance='exact')",
+                           todo="set max_exits, or tolerance='joint'.")
+    hit, union = (one[:, -1].sum(axis=0) for one in payload(table, against))
+    if drop is None and given["min_miou"] is None and minimise != "drop":
+        drop = 0.01
+    floors = [given["min_miou"], None if drop is None else float(quality(hit, union)) - drop]
+    names = (given["confidence"],) if isinstance(given["confidence"], str) else tuple(given["confidence"])
+    goal = Goal(minimise=minimise, limits=limits, batch=given["batch"],
+                min_quality=max((float(one) for one in floors if one is not None), default=-np.inf))
+    kept = ("setting", "minimise", "min_miou", "max_macs", "max_latency_ms", "max_bytes", "batch", "pixel_steps",
+            "time_limit_s")
+    return Ask(
+        setting=setting, goal=goal, against=against, confidences=names, max_exits=exits, steps=given["steps"] or 20,
+        pixel_steps=given["pixel_steps"], temperatures=given["temperatures"], time_limit_s=given["time_limit_s"],
+        progress=given["progress"],
+        asked={**{name: given[name] for name in kept}, "max_drop": drop, "tolerance": "exact", "against": against,
+               "confidence": names[0] if len(names) == 1 else list(names), "max_exits": exits,
+               "steps": given["steps"] or 20},
+    )
 
 
 @dataclass(frozen=True)

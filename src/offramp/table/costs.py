@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.errors import FileFormatError, OfframpError, PlanError
+from offramp.types import Setting
 
 __all__ = ["Costs", "Latency", "Unit"]
 
-Unit = Literal["macs", "latency_ms"]
+Unit = Literal["macs", "latency_ms", "peak_bytes", "param_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +93,31 @@ class Costs:
             one = self.at(batch=batch, device=device, engine=engine, dtype=dtype)
             body, head = np.array(one.backbone_p50_ms) / batch, np.array(one.head_p50_ms) / batch
         else:
-            raise OfframpError(expected="unit 'macs' or 'latency_ms'", got=repr(unit), where="Costs.path()")
+            raise OfframpError(expected="unit 'macs' or 'latency_ms'", got=repr(unit), where="Costs.path()",
+                               todo="bytes belong to a whole plan: Costs.price().")
         priced: NDArray[np.float64] = body[chosen] + np.cumsum(head[chosen])
         return priced
+
+    def price(self, columns: Sequence[int], unit: Unit = "macs", *, setting: Setting = "input_dependent",
+              shares: Sequence[float] | None = None, batch: int = 1) -> float:
+        """What a whole plan costs in its setting (MESS, Table 1): ``columns`` in order of depth, the last included.
+
+        ``budgeted``: the first of ``columns`` alone, the backbone up to its site and its head; what lies deeper is
+        gone, its bytes too. ``anytime``: the whole backbone and every head. ``input_dependent``: the mean of ``path``
+        over ``shares``, one a column; every sample that reaches an exit pays its head. Bytes: ``param_bytes`` of all
+        that is kept; ``peak_bytes`` of the column that needs most, live tensors of a sample as the table has them.
+        """
+        chosen = list(columns[:1] if setting == "budgeted" else columns)
+        if unit == "peak_bytes":
+            return float(max(self.peak_bytes[column] for column in chosen))
+        if unit == "param_bytes":
+            return float(self.param_bytes[chosen[-1]] + sum(self.head_param_bytes[column] for column in chosen))
+        paid = self.path(chosen, unit, batch=batch)
+        if setting != "input_dependent":
+            return float(paid[-1])
+        if shares is None or len(shares) != len(chosen):
+            raise OfframpError(expected=f"{len(chosen)} shares, one a column", got=repr(shares), where="Costs.price()")
+        return float(paid @ np.asarray(shares, np.float64))
 
     def at(self, *, batch: int = 1, device: str | None = None, engine: str | None = None,
            dtype: str | None = None) -> Latency:
