@@ -34,6 +34,8 @@ for name, recipe in RECIPES.items():
 RECIPES = {
     "label_free": recipes.label_free(epochs=2, batch_size=16, lr=0.01),
     "joint": recipes.joint(epochs=2, batch_size=16, lr=0.01),
+    "exit_aware": recipes.exit_aware(epochs=2, batch_size=16, lr=0.01),
+    "mess": recipes.mess(epochs=2, batch_size=16, lr=0.01, weights=(0.0, 1.0)),
 }
 
 

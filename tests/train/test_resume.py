@@ -25,10 +25,17 @@ def case(name: str) -> tuple[Any, Any, Any, dict[str, Any]]:
     """Network, data, recipe and options: each leans on another source of chance."""
     label_free = recipes.label_free(epochs=3, batch_size=16, lr=0.01, ema=0.9)
     joint = recipes.joint(epochs=3, batch_size=16)
+    pair, small = recipes.scale_crop_flip(), {"epochs": 3, "batch_size": 16}
     return {
         "cached views": (make(), unlabelled(), replace(label_free, views=2, augment=recipes.flip_shift), {}),
         "live augmented": (make(), unlabelled(), replace(label_free, augment=recipes.flip_shift), {}),
         "cached loader": (make(), DataLoader(labelled(), batch_size=16, shuffle=True), label_free, {}),
+        "exit dropout": (make(dense=True), labelled(dense=True), recipes.exit_aware(augment_pair=pair, **small),
+                         {"validate": labelled(8, dense=True)}),
+        "pfd cached": (make(dense=True), labelled(dense=True), recipes.mess(loss_stride=2, **small), {"accumulate": 2}),
+        "pfd views": (make(dense=True), labelled(dense=True), recipes.mess(views=2, augment_pair=pair, **small), {}),
+        "pfd live": (make(dense=True), labelled(dense=True), recipes.mess(augment_pair=pair, **small),
+                     {"precision": "bf16"}),
         "joint noisy": (make(), Noisy(), joint, {"accumulate": 2}),
         "joint shuffled": (make(PLAIN), DataLoader(Noisy(), batch_size=16, shuffle=True), joint, {}),
         "joint own generator": (make(), DataLoader(Noisy(), batch_size=16, shuffle=True,
@@ -36,7 +43,8 @@ def case(name: str) -> tuple[Any, Any, Any, dict[str, Any]]:
     }[name]
 
 
-CASES = ["cached views", "live augmented", "cached loader", "joint noisy", "joint shuffled", "joint own generator"]
+CASES = ["cached views", "live augmented", "cached loader", "exit dropout", "pfd cached", "pfd views", "pfd live",
+         "joint noisy", "joint shuffled", "joint own generator"]
 
 
 def numbers(history: Any) -> list[dict[str, Any]]:
