@@ -107,14 +107,14 @@ class Run:
 
     def attach(self, exits: Any = None, heads: Any = None) -> MultiExit:
         """The network with untrained exits: those of the manifest, or new ones."""
-        made = self.manifest
-        if exits is None:
+        made, restored = self.manifest, exits is None
+        if restored:
             exits = made.exits
             heads = {site: {name: spec_from_json(spec) for name, spec in each.items()}
                      for site, each in made.heads.items()}
         guest, inputs = self.backbone, example(made.shape)
         torch.manual_seed(0)  # initial heads are part of what a seed promises
-        return attach(guest, inputs, exits=exits, heads=heads, within=made.within)
+        return attach(guest, inputs, exits=exits, heads=heads, within=made.within, keep_costly=restored)
 
     @cached_property
     def net(self) -> MultiExit:
