@@ -31,8 +31,9 @@ Data = Annotated[str, typer.Option("--data", metavar="DATA", help="The data; see
 Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to make or go on with.")]
 Exits = Annotated[str, typer.Option(help="How many exits, or the names of their sites, with commas.")]
 Within = Annotated[str | None, typer.Option(help="Cut this submodule instead of the whole network.")]
-HeadKind = Annotated[str, typer.Option("--heads", help="small (new layers, sized by the site) or shortcut (the "
-                                       "network's own tail, most blocks left out; stronger on residual networks).")]
+HeadKind = Annotated[str, typer.Option("--heads", help="small (new layers, sized by the site), shortcut (the network's "
+                                       "own tail, most blocks left out; stronger on residual networks) or mess (dense "
+                                       "networks: 64 candidates a site, for the search to choose from).")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="label_free (no labels) or joint (labels, whole network).")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; the recipe's own unless given.")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate; the recipe's own unless given.")]
