@@ -16,6 +16,8 @@ from offramp.data import Source, Split, load_data
 from offramp.errors import OfframpError
 from offramp.models import load_model
 from offramp.nn.guest import fingerprint_of
+from offramp.nn.mess import mess_space
+from offramp.nn.overview import overview
 from offramp.nn.shortcut import ShortcutSpec
 from offramp.record import record
 from offramp.table import ExitTable
@@ -27,7 +29,7 @@ from offramp.types import Plan
 
 __all__ = ["make_recipe", "open_model", "record_run", "search_run", "start", "train_run"]
 
-HEADS: dict[str, ShortcutSpec | None] = {"small": None, "shortcut": ShortcutSpec(share=0.2)}
+HEADS: dict[str, Any] = {"small": None, "shortcut": ShortcutSpec(share=0.2), "mess": mess_space()}
 RECIPES: dict[str, Callable[..., Recipe]] = {"label_free": recipes.label_free, "joint": recipes.joint}
 
 
@@ -116,6 +118,8 @@ def train_run(
     net = run.attach()
     data = training_split(run.source, recipe, split)
     if not quiet:
+        if any(column.head for column in net.columns):  # several candidates a site
+            note(overview(net))
         note(f"training {len(net.columns) - 1} exits on {len(data)} images of {data.split}, "
              + ("with labels" if recipe.loss == "labels" else "without labels"))
     history = fit(net, data, recipe, run_dir=run.path / "train", device=device, precision=precision,
