@@ -28,7 +28,7 @@ FLAGS = {
     "adapt": {"--data", "--out", "--max-drop", "--exits", "--heads", "--recipe", "--epochs", "--lr", "--seed",
               "--train-split", "--within", "--minimise", "--tolerance", "--confidence", "--max-exits", "--against",
               "--latency-batch", "--batches", "--batch-size", "--device", "--precision", "--again"},
-    "run": {"--model", "--out", "--batch-size", "--engine", "--device"},
+    "run": {"--model", "--out", "--batch-size", "--engine", "--device", "--deadline-ms", "--overlays"},
     "bench": {"--batches", "--repeats", "--engine", "--dtype", "--budget", "--device"},
     "report": {"--out", "--split", "--static"},
     "demo": {"--out", "--seed", "--quick", "--again"},

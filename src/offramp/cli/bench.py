@@ -15,7 +15,7 @@ from offramp.cost.latency import Timing, describe_machine, measure
 from offramp.graph import begin, split
 from offramp.nn.guest import evaluating
 from offramp.nn.multiexit import MultiExit
-from offramp.runtime import deploy
+from offramp.runtime import Adaptive, deploy
 from offramp.table import write_atomic
 
 __all__ = ["CutAt", "bench_run"]
@@ -47,12 +47,18 @@ def bench_run(
     where = torch.device(device or "cpu")
     net.to(where)
     fast = deploy(net, plan, engine=engine, dtype=dtype).to(where)
-    done = replay(table, plan)
-    spent = float(done.macs.mean())
+    mine = "adaptive" if plan.setting == "input_dependent" else plan.setting
+    columns = [*map(table.index, plan.exits), len(table.names) - 1]
+    spent = (float(replay(table, plan).macs.mean()) if plan.setting == "input_dependent"
+             else table.costs.price(columns, setting=plan.setting))
     prices = {name: float(table.costs.path([e])[0]) for e, name in enumerate(table.names[:-1])}
     nearest = min(prices, key=lambda name: abs(prices[name] - spent))
-    networks: dict[str, nn.Module] = {"untouched": net.backbone, "adaptive": fast,
-                                      f"static: cut at {nearest}": CutAt(net, nearest)}
+    networks: dict[str, Callable[[Tensor], Any]] = {"untouched": net.backbone, mine: fast}
+    if plan.setting == "anytime":
+        networks[mine] = _until(fast, len(plan.exits))
+        networks |= {f"anytime: first {name}": _until(fast, k) for k, name in enumerate(plan.exits)}
+    if plan.setting != "budgeted":  # which is static itself
+        networks[f"static: cut at {nearest}"] = CutAt(net, nearest)
     data, rows, quiet_machine = run.source.split("test", labels=False), [], True
     with evaluating(net, net.backbone):
         for batch in batches:
@@ -65,8 +71,8 @@ def bench_run(
             quiet_machine &= all(one.quiet for one in times.values())
             rows += [_row(name, batch, time) for name, time in times.items()]
     page = {
-        "format": "offramp.bench", "version": 1, "rows": rows, "macs": {"untouched": float(table.costs.macs[-1]),
-                                                                        "adaptive": spent, "static": prices[nearest]},
+        "format": "offramp.bench", "version": 1, "rows": rows,
+        "macs": {"untouched": float(table.costs.macs[-1]), mine: spent, "static": prices[nearest]},
         "setting": {"device": str(where), "engine": engine, "dtype": dtype or "float32",
                     "threads": torch.get_num_threads()},
         "machine": describe_machine(),
@@ -85,7 +91,11 @@ def _inputs(data: Any, batch: int, turns: int, where: torch.device) -> list[Tens
     return [torch.stack(images[i * batch:(i + 1) * batch]).to(where) for i in range(count)]
 
 
-def _over(network: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], Any]:
+def _until(fast: Adaptive, k: int) -> Callable[[Tensor], Any]:
+    return lambda x: next(one for one in fast.anytime(x) if one.exit_index == k)
+
+
+def _over(network: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
     turn = itertools.cycle(inputs)
     return lambda: network(next(turn))
 

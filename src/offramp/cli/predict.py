@@ -1,8 +1,9 @@
-"""The run verb: answers for a folder of images, from the deployed network."""
+"""The run verb: answers for a folder of images, from the deployed network. K classes, H W an image's own size."""
 
 import csv
 import io
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from offramp.cli.folder import Run
 from offramp.cli.say import Steps
 from offramp.data import FileSplit
-from offramp.data.files import IMAGE_SUFFIXES, image_files
+from offramp.data.base import Faults, Palette
+from offramp.data.files import IMAGE_SUFFIXES, UNREADABLE, image_files
 from offramp.errors import DataError
 from offramp.nn.output import read_logits
-from offramp.runtime import deploy
+from offramp.report.pictures import colours
+from offramp.runtime import Adaptive, deploy
 from offramp.table import write_atomic
 
 __all__ = ["images_of", "predict_run"]
+
+_LARGEST = 1 << 26
+"""Logits of one image at its own size, in numbers: 256 MiB. Beyond it labels are enlarged instead."""
 
 
 def images_of(paths: list[Path], run: Run) -> FileSplit:
@@ -45,55 +52,135 @@ def images_of(paths: list[Path], run: Run) -> FileSplit:
 
 
 def predict_run(
-    run: Run, paths: list[Path], out: Path, *, batch_size: int = 16, engine: Any = "eager",
-    device: str | None = None, quiet: bool = False,
+    run: Run, paths: list[Path], out: Path, *, batch_size: int = 16, engine: Any = "eager", device: str | None = None,
+    deadline_ms: float | None = None, overlays: bool = True, quiet: bool = False,
 ) -> dict[str, Any]:
-    """Predict, and write ``out``: a .csv or .json file, or a folder (dense: with a PNG of classes an image)."""
+    """Predict, and write ``out``: a .csv or .json file, or a folder for one.
+
+    Dense: beside it STEM.png for each image, classes as palette indices at the image's own size (logits enlarged
+    bilinearly, then the largest taken), and overlays/STEM.jpg. deadline_ms: for each batch, the last answer by then.
+
+    DataError where images cannot be used. Files that are no images are found before anything is written; images that
+    break while they are read are named at the end, and all others are answered.
+    """
     data, net, plan = images_of(paths, run), run.net, run.plan()
     where = torch.device(device or "cpu")
     fast = deploy(net.to(where), plan, engine=engine).to(where)
     names, dense = run.source.class_names, net.task == "dense"
     exits = [*plan.exits, "final"]
     folder = out if not out.suffix else out.parent
+    pictures = _picture_names(data, folder) if dense else []
+    palette = run.source.palette or tuple(map(tuple, colours(net.num_classes).tolist()))
+    faults = Faults("offramp run", "images that can be read; the others are answered", UNREADABLE)
     rows: list[dict[str, Any]] = []
-    for images in Steps(DataLoader(data, batch_size=batch_size), f"predicting {len(data)} images", quiet=quiet):
-        logits = read_logits(fast(images.to(where))).float().cpu()
-        _refuse_nan(logits, data, len(rows))
-        probs = logits.softmax(1)
-        for sure, said, left in zip(*probs.max(1), fast.last_exits.tolist(), strict=True):
-            file, name = data.files[len(rows)], data.names[len(rows)]
-            row: dict[str, Any] = {"file": name, "exit": exits[left], "confidence": round(float(sure.mean()), 6)}
+    loader = DataLoader(_Readable(data), batch_size=batch_size, collate_fn=list)
+    for batch in Steps(loader, f"predicting {len(data)} images", quiet=quiet):
+        for i, why in (one for one in batch if isinstance(one[1], str)):
+            faults.add(data.names[i], why)
+        good = [one for one in batch if isinstance(one[1], Tensor)]
+        if not good:
+            continue
+        indices = [i for i, _ in good]
+        images = torch.stack([image for _, image in good]).to(where)
+        if deadline_ms is not None and plan.setting == "anytime" and not rows:
+            fast.calibrate(images)  # a deadline is kept by what is known of the clock
+        output, left, ms = _answers(fast, images, deadline_ms)
+        logits = read_logits(output).float().cpu()
+        _refuse_nan(logits, [data.names[i] for i in indices])
+        sure = logits.softmax(1).amax(1)
+        for k, i in enumerate(indices):
+            row: dict[str, Any] = {"file": data.names[i], "exit": exits[left[k]],
+                                   "confidence": round(float(sure[k].mean()), 6)}
+            if ms is not None:
+                row["ms"] = round(ms, 3)
             if dense:
-                row["labels"] = f"{Path(name).with_suffix('').as_posix().replace('/', '__')}.png"
-                write_atomic(folder / row["labels"], _label_png(said, file))
+                row |= _write_pictures(logits[k], data.files[i], folder, pictures[i], palette, overlays)
             else:
-                row |= {"class": int(said), "class_name": names[int(said)] if names else ""}
+                said = int(logits[k].argmax())
+                row |= {"class": said, "class_name": names[said] if names else ""}
             rows.append(row)
     target = out if out.suffix else out / "predictions.csv"
     if target.suffix == ".json":
-        write_atomic(target, json.dumps({"exits": exits, "predictions": rows}, indent=1) + "\n")
-    else:
+        page = {"exits": exits, "class_names": list(names), "predictions": rows}
+        write_atomic(target, json.dumps(page, indent=1) + "\n")
+    elif rows:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(target, text.getvalue())
+    faults.raise_if_any()
     counts = {name: sum(row["exit"] == name for row in rows) for name in exits}
-    return {"images": len(rows), "out": str(target), "exits": counts}
+    return {"images": len(rows), "out": str(target), "exits": counts, "setting": plan.setting}
 
 
-def _refuse_nan(logits: torch.Tensor, data: FileSplit, start: int) -> None:
+class _Readable(Dataset[Any]):
+    """(index, image), or (index, why it cannot be read)."""
+
+    def __init__(self, data: FileSplit) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, self.data[index]  # type: ignore[return-value]
+        except DataError as error:
+            return index, error.got
+
+
+def _answers(fast: Adaptive, images: Tensor, deadline_ms: float | None) -> tuple[Any, list[int], float | None]:
+    """The output, each row's exit, and the time it took where that is bounded."""
+    if deadline_ms is None:
+        return fast(images), fast.last_exits.tolist(), None
+    *_, last = fast.anytime(images, deadline_ms=deadline_ms)
+    return last.output, last.exits.tolist(), last.elapsed_ms
+
+
+def _picture_names(data: FileSplit, folder: Path) -> list[str]:
+    """One name an image: its stem, folders joined, with the suffix where two images differ by that alone."""
+    plain = [Path(name).with_suffix("").as_posix().replace("/", "__") for name in data.names]
+    twice = {one for one, count in Counter(plain).items() if count > 1}
+    made = [f"{one}-{file.suffix[1:]}" if one in twice else one for one, file in zip(plain, data.files, strict=True)]
+    inputs = set(data.files)
+    if clash := [one for one in made if (folder / f"{one}.png").resolve() in inputs]:
+        raise DataError(expected="another folder than that of the images", got=f"{folder}, where {clash[0]}.png is one",
+                        where="--out", todo="choose another --out: labels would replace the images.")
+    return made
+
+
+def _refuse_nan(logits: Tensor, names: list[str]) -> None:
     bad = ~torch.isfinite(logits).flatten(1).all(1)
     if bool(bad.any()):
         raise DataError(expected="finite logits", got="NaN or infinity", todo="look at that image, and at the weights.",
-                        where=data.names[start + int(bad.nonzero()[0])])
+                        where=names[int(bad.nonzero()[0])])
 
 
-def _label_png(labels: torch.Tensor, file: Path) -> bytes:
-    """Class numbers as grey values, at the size of the image."""
+def _write_pictures(logits: Tensor, file: Path, folder: Path, name: str, palette: Palette, overlay: bool
+                    ) -> dict[str, str]:
+    """Labels as a palette PNG, and the image under their colours, of pixel logits (K, h, w)."""
     with Image.open(file) as picture:
-        size = picture.height, picture.width
-    full = F.interpolate(labels[None, None].float(), size=size, mode="nearest")[0, 0]
+        photo = picture.convert("RGB")
+    size = photo.height, photo.width
+    if logits.shape[0] * size[0] * size[1] <= _LARGEST:
+        labels = F.interpolate(logits[None], size=size, mode="bilinear")[0].argmax(0)
+    else:
+        labels = F.interpolate(logits.argmax(0)[None, None].float(), size=size, mode="nearest-exact")[0, 0]
+    if logits.shape[0] <= 256:
+        painted = Image.fromarray(labels.numpy().astype(np.uint8), "P")
+        painted.putpalette([part for colour in palette for part in colour])
+    else:
+        painted = Image.fromarray(labels.numpy().astype(np.uint16))
+    write_atomic(folder / f"{name}.png", _encoded(painted, "PNG"))
+    if not overlay:
+        return {"labels": f"{name}.png"}
+    mixed = Image.blend(photo, painted.convert("RGB"), 0.5)
+    write_atomic(folder / "overlays" / f"{name}.jpg", _encoded(mixed, "JPEG"))
+    return {"labels": f"{name}.png", "overlay": f"overlays/{name}.jpg"}
+
+
+def _encoded(picture: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(full.numpy().astype(np.uint8)).save(buffer, "PNG")
+    picture.save(buffer, kind, quality=90)
     return buffer.getvalue()

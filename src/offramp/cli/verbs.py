@@ -167,13 +167,21 @@ def run(
     model: Annotated[Path, typer.Option("--model", metavar="RUN", help="The run folder of an adapted network.")],
     out: Annotated[Path, typer.Option(help="A .csv or .json file, or a folder.")], batch_size: BatchSize = 16,
     engine: Annotated[str, typer.Option(help="eager or compile.")] = "eager", device: Device = None,
+    deadline_ms: Annotated[float | None, typer.Option(min=0, help="Milliseconds for each batch: the best answer by "
+                                                                  "then; with --batch-size 1, for each image.")] = None,
+    overlays: Annotated[bool, typer.Option(help="Dense networks: write each image under its labels' colours.")] = True,
     as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """Answer for images with the adapted network: class, confidence and exit; dense networks write label PNGs."""
+    """Answer for images with the adapted network: class, confidence, exit; dense networks write label PNGs, overlays.
+
+    Label PNGs hold class numbers under the data's palette, at each image's own size. An image that breaks while it is
+    read is named at the end, with exit code 2; all others are answered.
+    """
     from offramp.cli.folder import Run
     from offramp.cli.predict import predict_run
 
-    done = predict_run(Run.open(model), images, out, batch_size=batch_size, engine=engine, device=device, quiet=as_json)
+    done = predict_run(Run.open(model), images, out, batch_size=batch_size, engine=engine, device=device,
+                       deadline_ms=deadline_ms, overlays=overlays, quiet=as_json)
     left = ", ".join(f"{name} {count}" for name, count in done["exits"].items())
     result(done, f"{done['out']}: {done['images']} images; answered at {left}", as_json=as_json)
 
