@@ -10,6 +10,7 @@ from torch import Tensor
 
 import offramp
 from offramp.errors import DataError, HeadError, OfframpError, PlanError
+from offramp.functional.summaries import share_above
 from offramp.runtime._legs import Leg
 from offramp.types import Evidence
 from runtime.nets import EXITS, NEVER, Always, ByLogit, classifier, images, plan, segmenter
@@ -275,3 +276,20 @@ def test_compiled_legs_say_the_same_at_every_batch_size_with_two_graphs_each() -
         assert fast.last_exits.tolist() == eager.last_exits.tolist()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 3 <= graphs <= 6, f"{graphs} graphs for three legs: recompiled by batch size"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_compiled_legs_score_across_edges() -> None:
+    net, x = segmenter(), images(9, 32)
+    table = offramp.record(net, [x], latency=False, confidences=("top_edges",))
+    counts = table.histograms["top_edges"][:, 0].flip(1).cumsum(1).flip(1)[:, ::16].double()
+    pixel = int((counts.mean(0) / counts[0, 0] - 0.5).abs().argmin()) / 64
+    shares = share_above(table.histograms["top_edges"][:, 0], pixel).sort().values
+    gap = int(shares.diff().argmax())
+    policy = offramp.Thresholds(confidence="top_edges", thresholds=(float(shares[gap : gap + 2].mean()), None),
+                                pixel_thresholds=(pixel, 0.5))
+    wanted = offramp.replay(table, plan(policy, task="dense")).exit_index
+    fast = net.deploy(plan(policy, task="dense"), engine="compile")
+    fast(x)
+    assert set(wanted.tolist()) == {0, 2} and fast.last_exits.tolist() == wanted.tolist()
+    assert fast.legs[0].extras == 2, "logits, and scores with labels, from one graph"

@@ -107,6 +107,8 @@ def _planes(logits: Tensor, names: Collection[str], labels: bool, probs: bool) -
         if second is not None:
             torch.maximum(second, torch.minimum(plane, largest), out=second)
         torch.maximum(largest, plane, out=largest)
+    if not names and not probs:
+        return Reading({}, said)
     total, spread = torch.zeros_like(largest), torch.zeros_like(largest)
     below, weight = torch.empty_like(largest), torch.empty_like(largest)
     weights = torch.empty_like(logits) if probs else None
