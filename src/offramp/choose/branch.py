@@ -1,46 +1,347 @@
-"""Which exits, heads and thresholds: the optimum of the whole space, proven."""
+"""Which exits, heads and thresholds: the optimum of the whole space by branch and bound, proven (MESS, Eqs. 5-6).
 
+Cells (``offramp.choose.bound``) start as two or three whole sites; the cell with the lowest bound is cut in two along
+the list that is widest, by how many samples leave or by the heads' cost, until its bound reaches the best plan or so
+few plans are left that each is evaluated. A local search that moves one exit at a time finds the plan to
+beat. Confusion matrices are summed; nothing is approximated.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.choose.bound import Bounds, Lists, Scene, filter_lists
 from offramp.choose.goal import Goal, Ledger
 from offramp.choose.space import Space, quality
 
 __all__ = ["solve"]
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Chosen = tuple[tuple[int, int], ...]
 """(column, set) of each exit in order of depth."""
-
-
-def price(space: Space, goal: Goal, columns: tuple[int, ...], counts: NDArray[np.int64]) -> dict[str, Any]:
-    """Costs by unit of plans with these columns; ``counts`` (..., len + 1): who leaves at each and at the end."""
-    costs, whole = space.table.costs, (*columns, space.exits)
-    out: dict[str, Any] = {
-        unit: counts @ costs.path(whole, unit, batch=goal.batch) / len(space.hit) for unit in goal.units}
-    for unit in ("param_bytes", "peak_bytes"):
-        out[unit] = np.asarray(costs.price(whole, unit))
-    return out
+_GROUPS, _EACH, _HEADS = 96, 4_000, 0.1
+_TIE = 1e-9  # plans closer than this share of the objective count as equal
 
 
 def solve(space: Space, goal: Goal, ledger: Ledger, *, max_exits: int, known: float) -> tuple[float, Chosen] | None:
     """(objective, the exits), or None where nothing is better than ``known`` and keeps the constraints."""
-    samples = len(space.hit)
-    end = space.hit[:, -1].sum(axis=0), space.union[:, -1].sum(axis=0)
-    best: tuple[float, Chosen] | None = None
-    ledger.configurations += 1 + sum(one.tried for one in space.leavers)
-    for e in range(-1, space.exits if max_exits else 0):
-        inside = np.zeros((1, samples)) if e < 0 else space.leavers[e].inside.astype(np.float64)
-        gone = inside.sum(axis=1).astype(np.int64)
-        reached = quality(end[0] + inside @ (space.hit[:, e] - space.hit[:, -1]),
-                          end[1] + inside @ (space.union[:, e] - space.union[:, -1]))
-        columns = () if e < 0 else (e,)
-        counts = np.stack([gone, samples - gone], axis=1)[:, -len(columns) - 1:] if columns else samples - gone[:, None]
-        spent = price(space, goal, columns, counts)
-        objective = np.where(goal.meets(reached, spent), goal.objective(reached, spent), np.inf)
-        ledger.evaluated += len(inside)
-        m = int(objective.argmin())
-        if objective[m] < min(known, np.inf if best is None else best[0]):
-            best = (float(objective[m]), () if e < 0 else ((e, m),))
-    return best
+    hunt = _Hunt(space, goal, ledger, max_exits, known)
+    hunt.start()
+    hunt.run()
+    if hunt.found is None:
+        return None
+    return hunt.best, tuple((int(hunt.scene.column[c]), int(hunt.member[c])) for c in hunt.found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    lists: Lists
+    price: float
+    near: Floats
+
+    @property
+    def count(self) -> int:
+        return math.prod(len(one) for one in self.lists if one is not None)
+
+
+class _Hunt:
+    """One space, one goal: the arrays, the best plan so far and the cells still open."""
+
+    def __init__(self, space: Space, goal: Goal, ledger: Ledger, max_exits: int, known: float) -> None:
+        self.space, self.goal, self.ledger, self.max_exits = space, goal, ledger, max_exits
+        self.best = known
+        self.found: tuple[int, ...] | None = None
+        costs = space.table.costs
+        self.unit = goal.units[0] if goal.units else None
+        self.raw: dict[str, tuple[Floats, Floats]] = {}
+        for unit in goal.units:
+            whole = float(costs.path([space.exits], unit, batch=goal.batch)[0])
+            pairs = np.array([costs.path([e, space.exits], unit, batch=goal.batch) for e in range(space.exits)])
+            pairs = pairs.reshape(-1, 2)
+            extra = np.append(pairs[:, 1] - whole, 0.0)
+            self.raw[unit] = (np.append(pairs[:, 0], whole) - extra, extra)
+        body, head = self.raw.get(str(self.unit), (np.ones(space.exits + 1), np.zeros(space.exits + 1)))
+        self.scale = float(body[-1]) or 1.0
+        orders = [np.argsort(one.inside.sum(axis=1), kind="stable") for one in space.leavers]
+        self.member = np.concatenate(orders) if orders else np.zeros(0, np.int64)
+        self.samples = len(space.hit)
+        pay = np.concatenate([space.hit, space.union], axis=2).transpose(1, 0, 2)
+        self.scene = Scene(
+            inside=np.concatenate([one.inside[order] for one, order in zip(space.leavers, orders, strict=True)])
+            if orders else np.zeros((0, self.samples), bool),
+            column=np.repeat(np.arange(space.exits), [len(order) for order in orders]),
+            pay=np.ascontiguousarray(pay), body=body / self.scale,
+            head=head / self.scale,
+            sure=space.union.min(axis=1).sum(axis=0) > 0,
+        )
+        self.size = self.scene.inside.sum(axis=1)
+        self.of_cost = float(self.unit is not None and (
+            goal.minimise == self.unit or self.unit in goal.limits))
+        self.open: list[tuple[float, int, _Cell]] = []
+        self.ticket = itertools.count()
+        names = sorted(set(space.site))
+        of_column = np.array([names.index(one) for one in space.site], np.int64)
+        self.site = of_column[self.scene.column]
+        self.of_site = [np.flatnonzero(self.site == s) for s in range(len(names))]
+        self.tried = [sum(one.tried for one, at in zip(space.leavers, of_column, strict=True) if at == s)
+                      for s in range(len(names))]
+        self.price, self.near = 4.0, np.zeros(0)
+
+    # ---- exact ------------------------------------------------------------------------------------------------
+
+    def judge(self, plans: Ints) -> Floats:
+        """Objectives of plans (P, m): candidates in order of depth; inf where a constraint is broken."""
+        parts = [self._judge(plans[p:p + 128]) for p in range(0, len(plans), 128)]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def _judge(self, plans: Ints) -> Floats:
+        space, scene, exits = self.space, self.scene, plans.shape[1]
+        where = np.full((len(plans), self.samples), exits)
+        for k in range(exits - 1, -1, -1):
+            where[scene.inside[plans[:, k]]] = k
+        columns = np.concatenate([scene.column[plans], np.full((len(plans), 1), space.exits)], axis=1)
+        answer = np.take_along_axis(columns, where, axis=1)
+        rows = np.arange(self.samples)[None]
+        reached = quality(space.hit[rows, answer].sum(axis=1), space.union[rows, answer].sum(axis=1))
+        counts = np.stack([(where == k).sum(axis=1) for k in range(exits + 1)], axis=1)
+        costs = space.table.costs
+        spent: dict[str, Any] = {
+            unit: ((body[columns] + head[columns].cumsum(axis=1)) * counts).sum(axis=1) / self.samples
+            for unit, (body, head) in self.raw.items()}
+        spent["param_bytes"] = costs.param_bytes[-1] + np.array(costs.head_param_bytes, float)[columns].sum(axis=1)
+        spent["peak_bytes"] = np.array(costs.peak_bytes, float)[columns].max(axis=1)
+        return np.where(self.goal.meets(reached, spent), self.goal.objective(reached, spent), np.inf)
+
+    def offer(self, plans: Ints) -> None:
+        """Evaluate plans and keep the best one if it is better than what is known."""
+        values = self.judge(plans)
+        if len(values) and values.min() < self.best - self.tie:
+            p = int(values.argmin())
+            self.best, self.found = float(values[p]), tuple(int(c) for c in plans[p])
+            self.ledger.tell(self.best)
+
+    @property
+    def tie(self) -> float:
+        return abs(self.best) * _TIE if np.isfinite(self.best) else 0.0
+
+    # ---- what a plan of interest must keep ------------------------------------------------------------------------
+
+    def terms(self) -> tuple[float, float]:
+        """(the cost that a plan of interest stays below, as a share of the whole network's; the quality it reaches)."""
+        goal = self.goal
+        budget, asked = 0.0, goal.min_quality
+        if self.of_cost:
+            assert self.unit is not None
+            most = goal.limits.get(self.unit, np.inf)
+            budget = min(most, self.best - self.tie if goal.minimise == self.unit else np.inf) / self.scale
+            budget = min(budget, 1e6)
+        if goal.minimise == "drop":
+            asked = max(asked, -self.best if np.isfinite(self.best) else -np.inf)
+        return budget, asked
+
+    def floor(self, bounds: Bounds, cell: _Cell, terms: tuple[float, float]) -> float:
+        """No plan of the cell has a smaller objective."""
+        if self.goal.minimise == self.unit:
+            return bounds.low * self.scale
+        if self.goal.minimise == "drop":
+            budget, asked = terms
+            return -(asked + (budget - bounds.low) / cell.price) if cell.price else -1.0
+        return self.least_bytes(bounds.lists)
+
+    def least_bytes(self, lists: Lists) -> float:
+        costs = self.space.table.costs
+        used = [np.unique(self.scene.column[one]) for one in lists if one is not None]
+        if self.goal.minimise == "param_bytes":
+            heads = np.array(costs.head_param_bytes, float)
+            return float(costs.param_bytes[-1] + sum(heads[one].min() for one in used))
+        peaks = np.array(costs.peak_bytes, float)
+        return float(max([peaks[-1], *(peaks[one].min() for one in used)]))
+
+    # ---- the search -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Count the space, evaluate the plans of one exit or none, find a plan to beat, open the other cells."""
+        ledger, sites = self.ledger, range(len(self.of_site))
+        for m in range(self.max_exits + 1):
+            for chosen in itertools.combinations(sites, m):
+                whole = math.prod(self.tried[s] for s in chosen)
+                left = math.prod(len(self.of_site[s]) for s in chosen)
+                ledger.configurations += whole
+                ledger.cut("equal or empty sets", whole - left)
+        self.offer(np.zeros((1, 0), np.int64))
+        ledger.evaluated += 1
+        if self.max_exits:
+            self.offer(np.arange(len(self.size))[:, None])
+            ledger.evaluated += len(self.size)
+        at_end = self.scene.pay[-1].sum(axis=0, dtype=np.float64)
+        self.price, self.near = 4.0, at_end
+        if self.max_exits > 1:
+            self.explore()
+            for m in (2, 3)[: self.max_exits - 1]:
+                for chosen in itertools.combinations(sites, m):
+                    lists = [self.of_site[s] for s in chosen]
+                    if all(map(len, lists)):
+                        self.settle(_Cell((lists[0], lists[1], lists[2] if m == 3 else None), self.price, self.near))
+
+    def run(self) -> None:
+        """Best first, until the lowest bound reaches the best plan, or the time is up."""
+        while self.open:
+            low, _, cell = heapq.heappop(self.open)
+            if low >= self.best - self.tie:
+                self.ledger.cut("bound", cell.count)
+                continue
+            if self.ledger.out_of_time:
+                if np.isfinite(self.best):
+                    self.ledger.gap = max(self.ledger.gap, (self.best - low) / (abs(self.best) or 1.0))
+                else:
+                    self.ledger.gap = 1.0
+                return
+            for part in self.halves(cell):
+                self.settle(part)
+
+    def settle(self, cell: _Cell) -> None:
+        """Bound a cell; drop it, evaluate it, or put what is left of it back."""
+        ledger, count, terms = self.ledger, cell.count, self.terms()
+        widest = max(len(one) for one in cell.lists if one is not None)
+        budget, asked = terms
+        priced = cell.price if np.isfinite(asked) else 0.0
+        bounds = filter_lists(
+            self.scene, cell.lists, budget=budget, asked=asked if priced else 0.0, price=priced, near=cell.near,
+            per=max(1, -(-widest // _GROUPS)), of_cost=self.of_cost)
+        left = _Cell(bounds.lists, cell.price, cell.near)
+        if not left.count:
+            ledger.cut("bound", count)
+            return
+        if widest <= _GROUPS:
+            plans = np.argwhere(bounds.of_plan <= budget)
+            if len(plans) <= _EACH:
+                lists = [one for one in cell.lists if one is not None]
+                axes = [k for k, one in enumerate(cell.lists) if one is not None]
+                self.offer(np.stack([one[plans[:, k]] for k, one in zip(axes, lists, strict=True)], axis=1))
+                ledger.evaluated += len(plans)
+                ledger.cut("bound", count - len(plans))
+                return
+        ledger.cut("bound", count - left.count)
+        self.offer(np.array([bounds.near]))
+        near, reached = self.reached(bounds.near)
+        steer = 1.25 if reached < asked else 0.8
+        floor = self.floor(bounds, left, terms)
+        if floor >= self.best - self.tie:
+            ledger.cut("bound", left.count)
+            return
+        heapq.heappush(self.open, (floor, next(self.ticket), _Cell(bounds.lists, cell.price * steer, near)))
+
+    def reached(self, plan: Sequence[int]) -> tuple[Floats, float]:
+        """((2K,) what hit and union add up to, quality) of one plan."""
+        column = np.full(self.samples, self.space.exits)
+        for c in sorted(plan, reverse=True):
+            column[self.scene.inside[c]] = self.scene.column[c]
+        sums = self.scene.pay[column, np.arange(self.samples)].sum(axis=0, dtype=np.float64)
+        half = len(sums) // 2
+        return sums, float(quality(sums[:half], sums[half:]))
+
+    def halves(self, cell: _Cell) -> list[_Cell]:
+        """Cut along the list that is widest: in how many leave, or in its heads."""
+        width, which, along = -1.0, 0, "size"
+        for k, one in enumerate(cell.lists):
+            if one is None:
+                continue
+            spread = float(np.ptp(self.size[one])) / self.samples
+            columns = len(np.unique(self.scene.column[one]))
+            for wide, way in ((spread, "size"), (_HEADS * math.log2(columns), "heads"), (1e-6 * len(one), "middle")):
+                if wide > width:
+                    width, which, along = wide, k, way
+        whole = cell.lists[which]
+        assert whole is not None
+        if along == "size":
+            size = self.size[whole]
+            upper = size > (int(size.min()) + int(size.max())) // 2
+        elif along == "middle":
+            upper = np.arange(len(whole)) >= len(whole) // 2
+        else:
+            heads = np.unique(self.scene.column[whole])
+            heads = heads[np.argsort(self.scene.head[heads], kind="stable")]
+            upper = np.isin(self.scene.column[whole], heads[len(heads) // 2:])
+        return [
+            _Cell((part if which == 0 else cell.lists[0], part if which == 1 else cell.lists[1],
+                   part if which == 2 else cell.lists[2]), cell.price, cell.near)
+            for part in (whole[~upper], whole[upper])
+        ]
+
+    # ---- a plan to beat -------------------------------------------------------------------------------------------
+
+    def explore(self) -> None:
+        """Move one exit at a time for the least cost - price * quality, at several prices; on a thinned list first."""
+        step = max(1, len(self.size) // 4000)
+        thin = [one[::step] for one in self.of_site]
+        asked = self.terms()[1]
+        prices = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0) if np.isfinite(asked) else (0.0,)
+        enough = prices[-1]
+        for worth in reversed(prices):
+            best = -np.inf
+            for first in {0, len(thin) // 2}:
+                plan: list[int] = []
+                for _ in range(4):
+                    before = list(plan)
+                    for k in range(len(thin)):
+                        plan = self.respond(plan, (first + k) % len(thin), thin, worth)
+                    if plan == before:
+                        break
+                best = max(best, self.reached(plan)[1])
+            if best >= asked:  # the quality asked for is bought at this price and not at the next lower one
+                enough = worth
+        self.price = enough
+        for _ in range(4):
+            before_value = self.best
+            for s in range(len(thin)):
+                self.respond(list(self.found or ()), s, self.of_site, self.price)
+            if self.best == before_value:
+                break
+        self.near = self.reached(self.found or ())[0]
+
+    def respond(self, plan: list[int], s: int, lists: Sequence[Ints], worth: float) -> list[int]:
+        """The best exit of one site, or none, the others fixed; what meets the goal on the way is offered."""
+        scene, ids = self.scene, lists[s]
+        others = [c for c in plan if self.site[c] != s]
+        if len(others) >= self.max_exits or not len(ids):
+            return plan
+        where = np.full(self.samples, self.space.exits)
+        gone = np.zeros(self.samples, bool)
+        spent = np.zeros(len(scene.body))
+        passed = upto = 0.0
+        for c in others:
+            passed += scene.head[scene.column[c]]
+            spent[scene.column[c]] = scene.body[scene.column[c]] + passed
+            if self.site[c] < s:
+                gone |= scene.inside[c]
+                upto = passed
+        for c in reversed(others):
+            where[scene.inside[c]] = scene.column[c]
+        spent[-1] = 1 + passed
+        paid, now = spent[where], scene.pay[where, np.arange(self.samples)]
+        change = np.empty((len(ids), now.shape[1] + 1))
+        columns = scene.column[ids]
+        for e in np.unique(columns):
+            rows = np.flatnonzero(columns == e)
+            turn = np.concatenate([scene.pay[e] - now, (scene.body[e] + upto - paid)[:, None]], axis=1) * ~gone[:, None]
+            change[rows] = scene.inside[ids[rows]].astype(np.float32) @ turn.astype(np.float32)
+        total, half = now.sum(axis=0, dtype=np.float64), now.shape[1] // 2
+        cost = (paid.sum() + change[:, -1]) / self.samples + scene.head[columns] * (~gone).mean()
+        sums = total + change[:, :-1]
+        reached = quality(sums[:, :half], sums[:, half:])
+        budget, asked = self.terms()
+        fits = (reached >= asked) & (cost <= (budget if self.of_cost else np.inf))
+        if fits.any():
+            score = np.where(fits, -reached if self.goal.minimise == "drop" else cost, np.inf)
+            self.offer(np.array([sorted([*others, int(ids[score.argmin()])])]))
+        value = cost - worth * reached
+        if value.min() < paid.mean() - worth * float(quality(total[:half], total[half:])) - 1e-9:
+            return sorted([*others, int(ids[value.argmin()])])
+        return others
