@@ -47,7 +47,7 @@ Batches = Annotated[str, typer.Option(help="Batch sizes to time, with commas.")]
 MaxDrop = Annotated[float, typer.Option(help="Loss to tolerate, a fraction: 0.01 is one point.")]
 Minimise = Annotated[str, typer.Option(help="macs or latency_ms.")]
 Tolerance = Annotated[str, typer.Option(help="joint spends the loss where it saves most; halving, even share it out.")]
-Confidence = Annotated[str, typer.Option(help="top, margin or entropy.")]
+Confidence = Annotated[str, typer.Option(help="top, margin or entropy; dense also top_edges or entropy_edges.")]
 MaxExits = Annotated[int | None, typer.Option(min=0, help="Use at most so many exits.")]
 Against = Annotated[str, typer.Option(help="What the loss is measured against: auto, labels or backbone.")]
 LatencyBatch = Annotated[int, typer.Option("--latency-batch", help="Batch size at which latency_ms is meant.")]
@@ -262,7 +262,7 @@ def _options(max_drop: float, minimise: str, tolerance: str, confidence: str, ma
              batch: int) -> dict[str, Any]:
     allowed = {
         "--minimise": (minimise, ("macs", "latency_ms")), "--tolerance": (tolerance, ("joint", "halving", "even")),
-        "--confidence": (confidence, ("top", "margin", "entropy")),
+        "--confidence": (confidence, ("top", "margin", "entropy", "top_edges", "entropy_edges")),
         "--against": (against, ("auto", "labels", "backbone")),
     }
     for flag, (value, known) in allowed.items():
