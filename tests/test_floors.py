@@ -17,8 +17,9 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     # the model wing
     "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": set(), "models": set(),
     "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},
-    # the one bridge from model to evidence
+    # the bridges from model to evidence; what single pixels cost depends on which, so no table can hold it
     "record": {"nn", "cost", "table", "functional", "data"},
+    "layer_cascade": {"nn", "cost", "functional", "graph"},
     # a deployed network as files: what the runtime runs, with the plan that it obeys
     "deployed": {"runtime", "nn", "choose", "table"},
     "testing": {"functional", "table", "choose", "nn", "runtime"},
