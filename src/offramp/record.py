@@ -172,7 +172,7 @@ class _Collected:
                 take(c, self.net.head(self.net.columns[c].name)(*state.tensors))
         take(len(self.net.columns) - 1, final)
         self._keep(**{name: torch.stack(parts, dim=1) for name, parts in found.items()})
-        if self.agreement and passed:
+        if passed:
             self._keep(agreement=torch.stack(
                 [torch.stack([agreement(one, other) for other in passed], dim=1) for one in passed], dim=1))
         if self.net.task == "classify" and batch.labels is not None:
