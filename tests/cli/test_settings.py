@@ -141,3 +141,10 @@ def test_bench_times_what_the_setting_asks_for(setting: str, run: Path) -> None:
     assert any(n.startswith("static") for n in names) == (setting != "budgeted")
     wanted = table.costs.path(columns)
     assert page["macs"][mine] == {"budgeted": wanted[0], "anytime": wanted[-1], "input_dependent": wanted[0]}[setting]
+
+
+def test_the_report_of_a_dense_run_shows_masks_and_smoothed_confidence(run: Path, tmp_path: Path) -> None:
+    set_plan(run, "anytime")
+    html = Path(call("report", run, "--out", tmp_path / "r.html").stdout.strip()).read_text()
+    for words in ("edges smoothed", "Class by class", "Which exit each image took", "Ever better answers"):
+        assert words in html, words

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from offramp.cli.folder import Run, example, probe
 from offramp.cli.say import Steps
 from offramp.cost import macs
+from offramp.functional.edges import semantic_edges, smooth_edges
 from offramp.functional.metrics import accuracy, confusion, mean_iou
 from offramp.models import load_model
 from offramp.nn.guest import evaluating
@@ -59,9 +60,12 @@ def dense_examples(run: Run, report: Report, split: Any, count: int) -> list[Den
             image, label = sample if isinstance(sample, tuple | list) else (sample, None)
             said = net(image[None])
             probs = torch.cat([said[c].float().softmax(1) for c in columns])
+            labels, sure = probs.argmax(1), probs.amax(1)
+            smoothed = [smooth_edges(sure[e:e + 1], semantic_edges(labels[e:e + 1], net.columns[c].stride),
+                                     net.columns[c].stride) for e, c in enumerate(columns)]
             found.append(DenseExample(
-                name=f"#{i}", image=split.read(i)[0], label=label, predictions=probs.argmax(1),
-                confidences=probs.amax(1), left_at=int(left[i]),
+                name=f"#{i}", image=split.read(i)[0], label=label, predictions=labels, confidences=sure,
+                smoothed=torch.cat(smoothed), left_at=int(left[i]),
             ))
     return found
 

@@ -8,12 +8,15 @@ import numpy as np
 
 from offramp.choose.replay import replay
 from offramp.choose.search import search
+from offramp.errors import PlanError
 from offramp.report.measures import quality_of
 from offramp.table import ExitTable
 from offramp.types import Plan
 
 __all__ = ["Curve", "Point", "TOLERANCES", "curve", "static_at"]
 
+_SECONDS = 10.0
+"""For each point of an exhaustive search's curve; its plan is then the best found, not proven."""
 TOLERANCES = (0.0, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.045, 0.07, 0.1, 0.15)
 
 
@@ -28,6 +31,8 @@ class Point:
     low: float = float("nan")
     """Bootstrap interval at 95 %."""
     high: float = float("nan")
+    classes: tuple[float, ...] = ()
+    """Dense: IoU of each class, NaN where it is in neither labels nor answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +59,21 @@ def curve(
     asked = _asked(plan, temperatures)
     points: dict[tuple[float, float], Point] = {}
     for tolerance in tolerances:
-        point = _point(f"{100 * tolerance:g}", test, search(fitted_on, max_drop=tolerance, **asked))
+        try:
+            found = search(fitted_on, max_drop=tolerance, **asked)
+        except PlanError:  # no exit speaks so well, where one must
+            continue
+        point = _point(f"{100 * tolerance:g}", test, found)
         points.setdefault((point.macs, point.quality), point)
     cut = tuple(
-        Point(name=name, macs=float(test.costs.path([e])[0]), quality=quality.mean(np.full(len(test), e)))
+        Point(name=name, macs=float(test.costs.path([e])[0]), quality=quality.mean(np.full(len(test), e)),
+              classes=quality.classes(np.full(len(test), e)))
         for e, name in enumerate(test.names[:-1])
     )
     low, high = quality.interval(np.full(len(test), last))
     backbone = Point(name="untouched network", macs=float(test.costs.macs[-1]),
-                     quality=quality.mean(np.full(len(test), last)), low=low, high=high)
+                     quality=quality.mean(np.full(len(test), last)), low=low, high=high,
+                     classes=quality.classes(np.full(len(test), last)))
     return Curve(
         quality=quality.name, plans=tuple(sorted(points.values(), key=lambda one: one.macs)),
         chosen=_point("this plan", test, plan), backbone=backbone, cut=cut, static=tuple(static),
@@ -87,10 +98,16 @@ def _point(name: str, test: ExitTable, plan: Plan) -> Point:
     done, quality = replay(test, plan), quality_of(test)
     column = done.column_of.numpy()
     low, high = quality.interval(column)
-    return Point(name=name, macs=float(done.macs.mean()), quality=quality.mean(column), low=low, high=high)
+    return Point(name=name, macs=float(done.macs.mean()), quality=quality.mean(column), low=low, high=high,
+                 classes=quality.classes(column))
 
 
 def _asked(plan: Plan, temperatures: Sequence[float] | None) -> dict[str, Any]:
-    known = ("minimise", "tolerance", "confidence", "max_exits", "against", "batch")
+    known = ("minimise", "tolerance", "confidence", "max_exits", "against", "batch", "setting", "pixel_steps")
     asked: Mapping[str, Any] = plan.asked
-    return {**{name: asked[name] for name in known if name in asked}, "temperatures": temperatures}
+    kept = {name: asked[name] for name in known if name in asked}
+    if kept.get("minimise") == "drop":  # the tolerance is what the curve sets
+        kept["minimise"] = "macs"
+    if kept.get("tolerance") == "exact":
+        kept["time_limit_s"] = _SECONDS
+    return {**kept, "temperatures": temperatures}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from offramp.choose.categories import categories as exit_categories
 from offramp.choose.categories import curve as exit_curve
 from offramp.choose.policies import Thresholds
-from offramp.functional.metrics import mean_iou
+from offramp.functional.metrics import iou, mean_iou
 from offramp.table import ExitTable
 from offramp.types import Plan
 
@@ -48,6 +48,14 @@ class Quality:
     def mean(self, column: NDArray[np.int64]) -> float:
         """Of all samples, sample n answered by ``column[n]``."""
         return float(self.of(self.payload[np.arange(len(column)), column].sum(axis=0), len(column)))
+
+    def classes(self, column: NDArray[np.int64]) -> tuple[float, ...]:
+        """IoU of each class, of samples answered so; empty for accuracy."""
+        if self.payload.shape[2] == 1:
+            return ()
+        count = round(self.payload.shape[2] ** 0.5)
+        summed = torch.from_numpy(self.payload[np.arange(len(column)), column].sum(axis=0))
+        return tuple(iou(summed.reshape(count, count)).tolist())
 
     def interval(self, column: NDArray[np.int64], minus: int | None = None, *, repeats: int = 400,
                  seed: int = 0) -> tuple[float, float]:

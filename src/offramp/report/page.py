@@ -15,6 +15,7 @@ from offramp.choose.policies import Thresholds
 from offramp.choose.replay import Replay, replay
 from offramp.errors import OfframpError
 from offramp.report.curve import TOLERANCES, Curve, Point, curve, static_at
+from offramp.report.dense import class_table, gallery
 from offramp.report.draw import draw_categories, draw_curve, draw_hit_rate, draw_reliability, draw_shares
 from offramp.report.measures import (
     Categories,
@@ -27,7 +28,7 @@ from offramp.report.measures import (
     scores_of,
 )
 from offramp.report.pictures import DenseExample
-from offramp.report.sections import about, costs, headline, maps, samples, section
+from offramp.report.sections import about, costs, headline, maps, samples, section, speaking
 from offramp.table import ExitTable, write_atomic
 from offramp.types import Plan
 
@@ -130,8 +131,18 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
         '<div class="card">' + draw_shares([
             (f"planned ({report.fitted.table.split})", report.fitted),
             (f"realised ({report.test.split})", report.realised)]) + "</div>"))
+    if plan.setting == "anytime":
+        parts.append(speaking(report))
     parts.append(costs(report))
-    if plan.exits:
+    if is_dense and report.curve.backbone.classes:
+        parts.append(section(
+            "Class by class, goal by goal",
+            ("IoU of each class as each exit speaks" if plan.setting == "anytime" else
+             "IoU of each class under the best plan of the curve that costs so many times fewer MACs than the "
+             "untouched network, and under this plan")
+            + "; red where a class loses against the untouched network, green where it gains.",
+            class_table(report)))
+    if plan.exits and plan.setting == "input_dependent":
         parts.append(section(
             "Threshold by threshold",
             "Were each exit the only one: the share that leaves (orange), how right it is "
@@ -152,6 +163,9 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
             + (": an image counts as better or worse when its share of right pixels moves by more than a tenth of a "
                "point." if is_dense else "."),
             f'<div class="card">{draw_categories(report.categories, is_dense)}</div>'))
+    if is_dense and dataset is not None:
+        parts.append(section("Which exit each image took", "Images spread over the split, by the exit that answered.",
+                             gallery(report, dataset)))
     parts += [samples(report, dataset), maps(report, dense), about(report)]
     body = "\n".join(part for part in parts if part)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

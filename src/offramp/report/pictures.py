@@ -34,6 +34,8 @@ class DenseExample:
     """(E, H, W) in [0, 1]."""
     left_at: int
     """The exit that answered, an index into E."""
+    smoothed: Tensor | None = None
+    """``confidences`` with edges smoothed (MESS, Eqs. 8-9), (E, H, W)."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.predictions.shape)

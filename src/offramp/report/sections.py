@@ -3,17 +3,20 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from offramp.report.draw import legend
-from offramp.report.pictures import DenseExample, confidence_png, image_png, label_png
-from offramp.report.pictures import legend as class_legend
+from offramp.report.dense import masks
+from offramp.report.pictures import DenseExample, image_png
 from offramp.report.svg import macs, percent
 
 if TYPE_CHECKING:
     from offramp.report.page import Report
 
-__all__ = ["about", "costs", "headline", "maps", "samples", "section"]
+__all__ = ["about", "costs", "headline", "maps", "samples", "section", "speaking"]
+
+
+_MINE = ("adaptive", "budgeted", "anytime")
+"""What bench calls the deployed network."""
 
 
 def section(title: str, say: str, body: str) -> str:
@@ -54,7 +57,7 @@ def _points(value: float) -> str:
 def _best_clock(report: "Report") -> tuple[str, str, str] | None:
     rows = report.bench.get("rows", ())
     dense = {row["batch"]: row for row in rows if row["network"] == "untouched"}
-    pairs = [(dense[row["batch"]], row) for row in rows if row["network"] == "adaptive" and row["batch"] in dense]
+    pairs = [(dense[row["batch"]], row) for row in rows if row["network"] in _MINE and row["batch"] in dense]
     if not pairs:
         return None
     ratios = [(one["p50_ms"] / row["p50_ms"], row["batch"]) for one, row in pairs]
@@ -91,7 +94,7 @@ def costs(report: "Report") -> str:
             group = [row for row in rows if row["batch"] == batch]
             base = next((row["p50_ms"] for row in group if row["network"] == "untouched"), float("nan"))
             for row in group:
-                mine = ' class="mine"' if row["network"] == "adaptive" else ""
+                mine = ' class="mine"' if row["network"] in _MINE else ""
                 body += (f'<tr{mine}><td>{escape(row["network"])}</td><td class="n">{batch}</td>'
                          f'<td class="n">{row["p50_ms"]:.3g} ms</td><td class="n">{row["p95_ms"]:.3g} ms</td>'
                          f'<td class="n">{row["throughput_per_s"]:.4g}</td>'
@@ -131,6 +134,22 @@ def samples(report: "Report", dataset: Any) -> str:
                                     "to answer, least sure first.", "".join(parts))
 
 
+def speaking(report: "Report") -> str:
+    """Of an anytime plan: what each exit says of all samples, and by when."""
+    lines = "".join(
+        f'<tr><td>{escape(str(one["name"]))}</td><td class="n">{_share(one["quality"])}</td>'
+        f'<td class="n">{macs(float(cast(float, one["macs"])))}</td>'
+        f'<td class="n">{_ms(cast(float | None, one["latency_ms"]))}</td></tr>' for one in report.realised.speaks)
+    say = "Every sample hears every exit until its deadline; MACs and times are those to the exit, heads counted."
+    head = "".join(f'<th class="n">{escape(words)}</th>' for words in (report.quality, "MACs", "after"))
+    body = f'<div class="scroll"><table><tr><th>exit</th>{head}</tr>{lines}</table></div>'
+    return section("Ever better answers", say, body)
+
+
+def _share(value: object) -> str:
+    return percent(value, 2) if isinstance(value, float) else "–"
+
+
 def picture(dataset: Any, index: int) -> Any:
     """The image of a sample, uint8 where the dataset can give it so."""
     if hasattr(dataset, "read"):
@@ -162,36 +181,25 @@ def maps(report: "Report", examples: Sequence[DenseExample]) -> str:
     """Per-exit predictions and confidence maps."""
     if not examples:
         return ""
-    count, names = report.test.num_classes, [*report.plan.exits, "final"]
-    parts = [legend(class_legend(report.test.class_names, count))]
-    for one in examples:
-        top = [f'<figure><img alt="" src="{image_png(one.image)}"><figcaption>{escape(one.name)}</figcaption></figure>']
-        low = [f'<figure><img alt="" src="{label_png(one.label, count)}"><figcaption>labels</figcaption></figure>'
-               if one.label is not None else "<figure></figure>"]
-        for e, name in enumerate(names):
-            left = ' class="left"' if e == one.left_at else ""
-            note = "answered here" if e == one.left_at else "not computed" if e > one.left_at else "passed on"
-            top.append(f'<figure{left}><img alt="" src="{label_png(one.predictions[e], count)}">'
-                       f"<figcaption>{escape(name)}<br>{note}</figcaption></figure>")
-            sure = float(one.confidences[e].float().mean())
-            low.append(f'<figure{left}><img alt="" src="{confidence_png(one.confidences[e])}">'
-                       f"<figcaption>sure {percent(sure)}</figcaption></figure>")
-        columns = f"repeat({len(names) + 1}, minmax(7rem, 1fr))"
-        parts.append(f'<div class="maps" style="grid-template-columns:{columns}">{"".join(top + low)}</div>')
-    say = "What each exit would say of an image, and how sure it is of each pixel (purple: not; pale yellow: fully). " \
+    say = "What each exit would say of an image, and how sure it is of each pixel (purple: not; pale yellow: fully), " \
+          "below it with the pixels around borders of its own labels set to their neighbourhood's median. " \
           "The outlined exit gave the answer; later ones are shown for comparison and do not run."
-    return section("Exit by exit", say, "".join(parts))
+    return section("Exit by exit", say, masks(report, examples))
 
 
 def about(report: "Report") -> str:
     """Splits, fingerprints, the plan, and the command line."""
     planned, real, plan = report.fitted.table, report.test, report.plan
-    rows = [("exits", ", ".join(plan.exits) or "none"),
+    rows = [("exits", ", ".join(plan.exits) or "none"), ("setting", plan.setting.replace("_", "-")),
             ("asked of the search", ", ".join(f"{k} = {v}" for k, v in plan.asked.items() if v is not None)),
             ("policy fitted on", f"{plan.split} ({len(planned)} samples), {plan.fingerprints.get('split', '')}"),
             ("reported on", f"{real.split} ({len(real)} samples), {real.fingerprints['split']}"),
             ("fingerprint of the network", real.fingerprints["model"]),
             ("fingerprint of the data", real.fingerprints["data"])]
+    if plan.certificate:
+        rows.insert(3, ("what the search vouches for", ", ".join(
+            f"{k} {v:,}" if isinstance(v, int) and not isinstance(v, bool) else f"{k} {v}"
+            for k, v in plan.certificate.items() if v not in (None, {}, []))))
     rows += [(k, v) for k, v in report.about.items() if k != "command"]
     machine = real.meta.get("machine")
     if isinstance(machine, dict):

@@ -1,0 +1,108 @@
+"""What only dense reports show: classes by cost goal, who was answered where, and each exit's masks. K classes."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from offramp.report.curve import Curve, Point
+from offramp.report.draw import legend
+from offramp.report.pictures import DenseExample, confidence_png, image_png, label_png
+from offramp.report.pictures import legend as class_legend
+from offramp.report.svg import macs, percent
+
+if TYPE_CHECKING:
+    from offramp.report.page import Report
+
+__all__ = ["class_table", "gallery", "goals", "masks"]
+
+_GOALS = (1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
+
+
+def goals(curve: Curve) -> list[tuple[str, Point]]:
+    """(words, point): the untouched network, the best plan at each cost goal that one meets, and this plan.
+
+    A goal is so many times fewer MACs than the untouched network (MESS, arXiv:2106.03527, Fig. 10, has
+    latency in its place).
+    """
+    whole = curve.backbone.macs
+    found = [("untouched", curve.backbone)]
+    for goal in _GOALS:
+        within = [one for one in (*curve.plans, curve.chosen) if one.macs * goal <= whole * (1 + 1e-9)]
+        if within:
+            best = max(within, key=lambda one: (one.quality, -one.macs))
+            if best is not found[-1][1]:
+                found.append((f"{goal:g}× fewer", best))
+            else:  # the same plan meets the harder goal too
+                found[-1] = (f"{goal:g}× fewer", best)
+    return [*found, ("this plan", curve.chosen)]
+
+
+def class_table(report: "Report") -> str:
+    """IoU of each class at each cost goal, coloured by what it loses or gains against the untouched network."""
+    columns = goals(report.curve)
+    if report.plan.setting == "anytime":  # what may come by when is what its exits say
+        columns = [columns[0], *((one.name, one) for one in report.curve.cut if one.name in report.plan.exits)]
+    if not report.curve.backbone.classes:
+        return ""
+    names = report.test.class_names or tuple(map(str, range(report.test.num_classes)))
+    whole = report.curve.backbone
+
+    def cell(value: float, against: float) -> str:
+        if not math.isfinite(value):
+            return '<td class="n">–</td>'
+        moved = value - against if math.isfinite(against) else 0.0
+        tint = "red" if moved < 0 else "green"
+        share = min(60, round(300 * abs(moved)))
+        return (f'<td class="n" style="background:color-mix(in srgb,var(--{tint}) {share}%,transparent)" '
+                f'title="{100 * moved:+.1f} points">{100 * value:.1f}</td>')
+
+    head = "".join(f'<th class="n">{escape(words)}<br><small>{macs(one.macs)}</small></th>' for words, one in columns)
+    rows = "".join(f"<tr><td>{escape(name)}</td>" + "".join(cell(one.classes[k], whole.classes[k])
+                                                            for _, one in columns) + "</tr>"
+                   for k, name in enumerate(names))
+    mean = "".join(cell(one.quality, whole.quality) for _, one in columns)
+    return (f'<div class="scroll"><table class="heat"><tr><th></th>{head}</tr>{rows}'
+            f'<tr class="mine"><td>mean</td>{mean}</tr></table></div>')
+
+
+def gallery(report: "Report", dataset: Any, each: int = 8) -> str:
+    """Images by the exit that answered them, each exit's own in order of the split."""
+    from offramp.report.sections import picture
+
+    left, parts = report.realised.exit_index, []
+    for k, name in enumerate(report.realised.names):
+        rows = (left == k).nonzero().flatten().tolist()
+        shown = rows[:: max(1, len(rows) // each)][:each]
+        if shown:
+            parts.append(f"<h3>{escape(name)} · {len(rows)} of {len(left)}</h3>" + '<div class="strip">' + "".join(
+                f'<figure><img alt="" src="{image_png(picture(dataset, i), 128)}">'
+                f"<figcaption>#{i} · {escape(name)}</figcaption></figure>" for i in shown) + "</div>")
+    return "".join(parts)
+
+
+def masks(report: "Report", examples: Sequence[DenseExample]) -> str:
+    """Each exit's labels, and its confidence without and with Eqs. 8-9 of MESS."""
+    count, names = report.test.num_classes, [*report.plan.exits, "final"]
+    parts = [legend(class_legend(report.test.class_names, count))]
+    for one in examples:
+        rows = [[f'<figure><img alt="" src="{image_png(one.image)}">'
+                 f"<figcaption>{escape(one.name)}</figcaption></figure>"],
+                [f'<figure><img alt="" src="{label_png(one.label, count)}"><figcaption>labels</figcaption></figure>'
+                 if one.label is not None else "<figure></figure>"]]
+        kinds = [("sure", one.confidences)]
+        if one.smoothed is not None:
+            kinds.append(("edges smoothed", one.smoothed))
+            rows.append(["<figure></figure>"])
+        for e, name in enumerate(names):
+            style = ' class="left"' if e == one.left_at else ""
+            note = "answered here" if e == one.left_at else "not computed" if e > one.left_at else "passed on"
+            rows[0].append(f'<figure{style}><img alt="" src="{label_png(one.predictions[e], count)}">'
+                           f"<figcaption>{escape(name)}<br>{note}</figcaption></figure>")
+            for row, (words, sure) in zip(rows[1:], kinds, strict=True):
+                row.append(f'<figure{style}><img alt="" src="{confidence_png(sure[e])}">'
+                           f"<figcaption>{words} {percent(float(sure[e].float().mean()))}</figcaption></figure>")
+        columns = f"repeat({len(names) + 1}, minmax(7rem, 1fr))"
+        flat = "".join(figure for row in rows for figure in row)
+        parts.append(f'<div class="maps" style="grid-template-columns:{columns}">{flat}</div>')
+    return "".join(parts)
