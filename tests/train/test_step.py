@@ -75,13 +75,16 @@ def test_the_second_stage_spares_the_network(kind: str, how: dict[str, Any]) -> 
 
 
 def test_labels_are_cached_with_the_features() -> None:
-    nets = []
+    nets, said = [], []
     for how in ({}, {"cache_bytes": 0}):
         nets.append(make(FLAT, dense=True))
         data = labelled(16, dense=True)
         data.tensors[1][:, :2] = 255
-        history = fit(nets[-1], data, recipes.mess(epochs=3, loss_stride=2), **how)
+        history = fit(nets[-1], data, recipes.mess(epochs=3, loss_stride=2, lr=0.1), **how)
         assert ("not cached" in history.notes[0]) == bool(how)
+        said.append(history.last)
+    for name in ("loss", "accuracy"):
+        assert getattr(said[0], name) == pytest.approx(getattr(said[1], name), rel=0.01)
     for name, tensor in weights(nets[0]).items():
         assert torch.allclose(tensor.float(), weights(nets[1])[name].float(), atol=0.01), name
 
@@ -113,6 +116,11 @@ def test_head_by_head_is_all_at_once() -> None:
     for name, grad in one[1].items():
         assert (grad is None) == name.startswith("backbone")
         assert grad is None or torch.allclose(grad, all_[1][name], atol=1e-7), name
+    equal, _ = prepared(net, recipes.mess(epochs=1))
+    equal(batch, 0, 4, 1.0)
+    for name, parameter in net.heads.named_parameters():
+        weight = 0.5 * (0.3 if name.startswith("one") else 2.0)
+        assert torch.allclose(parameter.grad * weight, one[1][f"heads.{name}"], atol=1e-6), name
 
 
 def test_one_head_at_a_time_holds_a_graph() -> None:
