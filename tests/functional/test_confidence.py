@@ -73,6 +73,16 @@ def test_planes_are_read_as_numpy_would(given_logits: np.ndarray) -> None:
     np.testing.assert_allclose(said.probs, probs.mean((2, 3)), atol=1e-6)
 
 
+def test_the_pass_of_a_gpu_or_a_compiler_says_the_same() -> None:
+    logits = torch.randn(2, 6, 7, 5) * 4
+    planes = read(logits, tuple(BY_NAME), labels=True, probs=True)
+    whole = confidence._whole(logits, BY_NAME, labels=True, probs=True)
+    assert torch.equal(planes.labels, whole.labels)
+    torch.testing.assert_close(planes.probs, whole.probs)
+    for name in BY_NAME:
+        torch.testing.assert_close(planes.scores[name], whole.scores[name], atol=1e-6, rtol=1e-5)
+
+
 def test_labels_of_many_classes() -> None:
     logits = torch.zeros(1, 300, 2, 2)
     logits[0, 299, 1], logits[0, 255, 0] = 1.0, 1.0

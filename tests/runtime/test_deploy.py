@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import offramp
 from offramp.errors import DataError, HeadError, OfframpError, PlanError
-from offramp.functional.summaries import share_above
+from offramp.functional.summaries import summarise
+from offramp.runtime._evidence import gather_for
 from offramp.runtime._legs import Leg
 from offramp.types import Evidence
 from runtime.nets import EXITS, NEVER, Always, ByLogit, classifier, images, plan, segmenter
@@ -261,6 +262,20 @@ def test_nan_is_named_and_not_binned() -> None:
         net.deploy(plan(policy, task="dense"))(x)
 
 
+@pytest.mark.parametrize("name", ["top", "margin", "entropy_edges"])
+@pytest.mark.parametrize("pixel", [0.25, None])
+def test_what_a_compiler_fuses_is_scored_as_logits_are(name: str, pixel: float | None) -> None:
+    logits = nn.functional.interpolate(torch.randn(3, 4, 5, 5) * 2, (40, 40), mode="bilinear")
+    policy = offramp.Thresholds(confidence=name, thresholds=(0.5, 0.5), pixel_thresholds=(0.75, pixel))
+    gather = gather_for("dense", policy, [1, 3])
+    assert gather.score is not None and gather.read_score is not None
+    found = gather.read_score(gather.score(logits), 1)
+    assert torch.equal(found, gather.read(logits, 1)) and not torch.equal(found, gather.read(logits, 0))
+    if pixel is None:
+        whole = summarise(logits, confidences=(name,), stride=3).histograms[name]
+        assert torch.equal(found, whole)
+
+
 # ---- compiled -------------------------------------------------------------------------------------------------------
 
 
@@ -276,20 +291,3 @@ def test_compiled_legs_say_the_same_at_every_batch_size_with_two_graphs_each() -
         assert fast.last_exits.tolist() == eager.last_exits.tolist()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 3 <= graphs <= 6, f"{graphs} graphs for three legs: recompiled by batch size"
-
-
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
-def test_compiled_legs_score_across_edges() -> None:
-    net, x = segmenter(), images(9, 32)
-    table = offramp.record(net, [x], latency=False, confidences=("top_edges",))
-    counts = table.histograms["top_edges"][:, 0].flip(1).cumsum(1).flip(1)[:, ::16].double()
-    pixel = int((counts.mean(0) / counts[0, 0] - 0.5).abs().argmin()) / 64
-    shares = share_above(table.histograms["top_edges"][:, 0], pixel).sort().values
-    gap = int(shares.diff().argmax())
-    policy = offramp.Thresholds(confidence="top_edges", thresholds=(float(shares[gap : gap + 2].mean()), None),
-                                pixel_thresholds=(pixel, 0.5))
-    wanted = offramp.replay(table, plan(policy, task="dense")).exit_index
-    fast = net.deploy(plan(policy, task="dense"), engine="compile")
-    fast(x)
-    assert set(wanted.tolist()) == {0, 2} and fast.last_exits.tolist() == wanted.tolist()
-    assert fast.legs[0].extras == 2, "logits, and scores with labels, from one graph"
