@@ -128,7 +128,7 @@ def test_rapid_dilation_doubles_from_block_to_block() -> None:
     assert rates("crm2-b0-rdi-fcn") == [2] and rates("crm2-b0-rdi-dlb") == [12, 24, 36, 2]
 
 
-@pytest.mark.parametrize("size", [(9, 40), (40, 9), (9, 10), (40, 41)])
+@pytest.mark.parametrize("size", [(9, 40), (40, 9), (9, 10), (15, 20), (40, 41)])
 def test_taps_that_see_only_padding_are_left_out_and_nothing_changes(size: tuple[int, int]) -> None:
     head = made("crm1-b0-plain-dlb")
     conv = next(m for m in head.modules() if isinstance(m, nn.Conv2d) and m.dilation == (12, 12))
