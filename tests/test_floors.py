@@ -97,5 +97,12 @@ def test_code_lines_leave_out_what_only_tells() -> None:
     assert code_lines(told) == 4
 
 
-def test_the_package_stays_small() -> None:
-    assert sum(code_lines(path.read_text()) for path in SRC.rglob("*.py")) < 12_000
+def test_rooms_and_the_package_stay_small() -> None:
+    # 12,000 lines were meant for the depth of one paper; each further paper brings about 3,000 (see docs/LOG.md).
+    # What one has to hold in the head is a room, so that a room is what has the hard limit.
+    sizes: dict[str, int] = {}
+    for path in SRC.rglob("*.py"):
+        room = path.relative_to(SRC).parts[0]
+        sizes[room] = sizes.get(room, 0) + code_lines(path.read_text())
+    assert max(sizes.values()) < 2_000, sizes
+    assert sum(sizes.values()) < 14_000, sizes
