@@ -18,6 +18,7 @@ the safe side: ``margin`` covers float32.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,10 +141,66 @@ def filter_lists(scene: Scene, lists: Lists, *, budget: float, asked: float, pri
     margin = 4 * samples * 2.0**-24 * float(np.abs(worth[used]).max(axis=0).sum() + samples * head[used].max())
     threshold = budget + margin
 
-    # the exit that the others are judged beside: whichever takes more, so that few leave at the other and not at it
-    first = one is not None and float(one.union.mean()) > float(two.union.mean())
-    held, other = (one, two) if first else (two, one)
+    parts = [_beside(scene, groups, first, worth, head, of_cost) for first in ((False, True) if one else (False,))]
+    total = whole + np.maximum.reduce([part.pair for part in parts])  # (first, second), the better of two bounds
+    best = np.unravel_index(int(total.argmin()), total.shape)
+    lows: list[NDArray[Any] | None] = [total.min(axis=1) if one else None, total.min(axis=0), None]
+    at = [int(best[0]), int(best[1]), 0]
+    if three is not None:
+        thirds = [(whole + part.others[:, None] + part.later) for part in parts if part.later is not None]
+        lows[2] = np.maximum.reduce([one.min(axis=0) for one in thirds])
+        at[2] = int(thirds[0][best[1]].argmin())
+    left: list[Ints | None] = [None, None, None]
+    near_by = []
+    for k, (ids, group, low) in enumerate(zip(lists, groups, lows, strict=True)):
+        if ids is not None and group is not None and low is not None:
+            left[k] = ids[group.spread(low <= threshold)]
+            near_by.append(int(ids[group.start[at[k]]]))
+    assert left[1] is not None
+    of_plan = np.zeros((0, 0, 0))
+    if per == 1:
+        of_plan = np.maximum.reduce([part.of_plan() for part in parts]) + (whole - margin)
+    return Bounds(lists=(left[0], left[1], left[2]), low=float(total[best]) - margin, near=tuple(sorted(near_by)),
+                  of_plan=of_plan)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Sums of a bound, beside the second exit or, ``first``, beside the first one."""
+
+    first: bool
+    base: Floats
+    sooner: Singles | None
+    """(other, held)"""
+    later: Singles | None
+    """(held, third)"""
+    after: Floats
+
+    @property
+    def pair(self) -> Floats:
+        """(first, second)"""
+        alone = (self.base + self.after)[None]
+        both = alone if self.sooner is None else self.sooner + alone
+        return both.T if self.first else both
+
+    @property
+    def others(self) -> Floats:
+        """(held,) all but the third exit."""
+        return self.base if self.sooner is None else self.base + self.sooner.min(axis=0)
+
+    def of_plan(self) -> Floats:
+        """(first, second, third)"""
+        out = self.base[None, :, None] + (0.0 if self.sooner is None else self.sooner[:, :, None])
+        out = out + (self.after[None, :, None] if self.later is None else self.later[None])
+        return out.transpose(1, 0, 2) if self.first else out
+
+
+def _beside(scene: Scene, groups: tuple[_Groups | None, ...], first: bool, worth: Singles, head: Singles,
+            of_cost: float) -> _Part:
+    """Bound plans with the first or the second exit fixed, group by group, and the other two apart from each other."""
+    held, other, three = (groups[0], groups[1], groups[2]) if first else (groups[1], groups[0], groups[2])
     assert held is not None
+    samples = worth.shape[1]
     middle = worth[held.column]
     may = np.where(held.union, middle, np.float32(np.inf))
     later: Singles | None = None
@@ -163,15 +220,12 @@ def filter_lists(scene: Scene, lists: Lists, *, budget: float, asked: float, pri
         after = later.min(axis=1)
     else:
         after = np.where(held.core, middle, np.minimum(may, 0)).sum(axis=1)
-    base = whole + of_cost * scene.head[held.column]
     sooner: Singles | None = None
-    before = np.zeros(len(held.column))
     if other is not None:
         sooner = np.empty((len(other.column), len(held.column)), np.float32)
         at_most = np.where(held.core, middle, np.minimum(may, most))
-        if first:
-            waits = (~held.union).sum(axis=1)
-        else:
+        waits = (~held.union).sum(axis=1)
+        if not first:
             at_most = at_most + head[held.column][:, None]
         for e in np.unique(other.column):
             rows = np.flatnonzero(other.column == e)
@@ -185,28 +239,4 @@ def filter_lists(scene: Scene, lists: Lists, *, budget: float, asked: float, pri
                 sooner[rows] = of_cost * scene.head[e] + core.astype(np.float32) @ turn.T
             if (loose := union & ~core).any():
                 sooner[rows] += loose.astype(np.float32) @ np.minimum(turn, 0).T
-        before = sooner.min(axis=0).astype(np.float64)
-
-    total = base + before + after
-    best = int(total.argmin())
-    left: list[Ints | None] = [None, None, None]
-    near_by = []
-    places = (1, 0, 2) if first else (0, 1, 2)
-    for place, group, low, at in (
-        (places[0], other, None if sooner is None else (sooner + (base + after)).min(axis=1),
-         None if sooner is None else sooner[:, best].argmin()),
-        (places[1], held, total, best),
-        (places[2], three, None if later is None else (later + (base + before)[:, None]).min(axis=0),
-         None if later is None else later[best].argmin()),
-    ):
-        ids = lists[place]
-        if group is not None and ids is not None and low is not None and at is not None:
-            left[place] = ids[group.spread(low <= threshold)]
-            near_by.append(int(ids[group.start[int(at)]]))
-    assert left[1] is not None
-    bound = np.zeros((0, 0, 0))
-    if per == 1:
-        bound = (base + (after if later is None else 0.0) - margin)[None, :, None]
-        bound = bound + (0.0 if sooner is None else sooner[:, :, None]) + (0.0 if later is None else later[None])
-    return Bounds(lists=(left[0], left[1], left[2]), low=float(total[best]) - margin, near=tuple(sorted(near_by)),
-                  of_plan=bound.transpose(1, 0, 2) if first else bound)
+    return _Part(first, of_cost * scene.head[held.column], sooner, later, after.astype(np.float64))

@@ -24,9 +24,10 @@ __all__ = ["solve"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Chosen = tuple[tuple[int, int], ...]
 """(column, set) of each exit in order of depth."""
-_GROUPS, _EACH, _HEADS = 96, 4_000, 0.1
+_GROUPS, _EACH, _HEADS, _ALIKE = 128, 4_000, 0.1, 8
 _TIE = 1e-9  # plans closer than this share of the objective count as equal
 
 
@@ -45,6 +46,8 @@ class _Cell:
     lists: Lists
     price: float
     near: Floats
+    steer: float = 1.4
+    """What the price is multiplied by from cut to cut, as long as the bound rises."""
 
     @property
     def count(self) -> int:
@@ -146,13 +149,13 @@ class _Hunt:
             asked = max(asked, -self.best if np.isfinite(self.best) else -np.inf)
         return budget, asked
 
-    def floor(self, bounds: Bounds, cell: _Cell, terms: tuple[float, float]) -> float:
+    def floor(self, bounds: Bounds, worth: float, terms: tuple[float, float]) -> float:
         """No plan of the cell has a smaller objective."""
         if self.goal.minimise == self.unit:
             return bounds.low * self.scale
         if self.goal.minimise == "drop":
             budget, asked = terms
-            return -(asked + (budget - bounds.low) / cell.price) if cell.price else -1.0
+            return -(asked + (budget - bounds.low) / worth) if worth else -1.0
         return self.least_bytes(bounds.lists)
 
     def least_bytes(self, lists: Lists) -> float:
@@ -187,8 +190,16 @@ class _Hunt:
             for m in (2, 3)[: self.max_exits - 1]:
                 for chosen in itertools.combinations(sites, m):
                     lists = [self.of_site[s] for s in chosen]
-                    if all(map(len, lists)):
-                        self.settle(_Cell((lists[0], lists[1], lists[2] if m == 3 else None), self.price, self.near))
+                    # of the third, heads of like cost together: what crossing costs is charged by the dearest
+                    for third in self.by_head(lists[2]) if m == 3 else (None,):
+                        if len(lists[0]) and len(lists[1]) and (third is None or len(third)):
+                            self.settle(_Cell((lists[0], lists[1], third), self.price, self.near))
+
+    def by_head(self, ids: Ints) -> list[Ints]:
+        """Candidates of one site, cut into those of a few heads of about equal cost."""
+        heads = np.unique(self.scene.column[ids])
+        heads = heads[np.argsort(self.scene.head[heads], kind="stable")]
+        return [ids[np.isin(self.scene.column[ids], heads[k:k + _ALIKE])] for k in range(0, len(heads), _ALIKE)]
 
     def run(self) -> None:
         """Best first, until the lowest bound reaches the best plan, or the time is up."""
@@ -204,39 +215,46 @@ class _Hunt:
                     self.ledger.gap = 1.0
                 return
             for part in self.halves(cell):
-                self.settle(part)
+                self.settle(part, low)
 
-    def settle(self, cell: _Cell) -> None:
+    def settle(self, cell: _Cell, known: float = -np.inf) -> None:
         """Bound a cell; drop it, evaluate it, or put what is left of it back."""
         ledger, count, terms = self.ledger, cell.count, self.terms()
         widest = max(len(one) for one in cell.lists if one is not None)
         budget, asked = terms
-        priced = cell.price if np.isfinite(asked) else 0.0
-        bounds = filter_lists(
-            self.scene, cell.lists, budget=budget, asked=asked if priced else 0.0, price=priced, near=cell.near,
-            per=max(1, -(-widest // _GROUPS)), of_cost=self.of_cost)
-        left = _Cell(bounds.lists, cell.price, cell.near)
-        if not left.count:
-            ledger.cut("bound", count)
-            return
-        if widest <= _GROUPS:
-            plans = np.argwhere(bounds.of_plan <= budget)
-            if len(plans) <= _EACH:
-                lists = [one for one in cell.lists if one is not None]
-                axes = [k for k, one in enumerate(cell.lists) if one is not None]
-                self.offer(np.stack([one[plans[:, k]] for k, one in zip(axes, lists, strict=True)], axis=1))
-                ledger.evaluated += len(plans)
-                ledger.cut("bound", count - len(plans))
+        lists, prices, floors = cell.lists, (cell.price, cell.price * cell.steer), []
+        for worth in prices if np.isfinite(asked) and self.of_cost else (cell.price,):
+            widest = max(len(one) for one in lists if one is not None)
+            paid = worth if np.isfinite(asked) else 0.0
+            bounds = filter_lists(
+                self.scene, lists, budget=budget, asked=asked if paid else 0.0, price=paid, near=cell.near,
+                per=max(1, -(-widest // _GROUPS)), of_cost=self.of_cost)
+            if widest <= _GROUPS and self.evaluate(lists, bounds.of_plan <= budget, count):
                 return
+            lists = bounds.lists
+            floors.append(self.floor(bounds, worth, terms))
+            if any(one is not None and not len(one) for one in lists):
+                ledger.cut("bound", count)
+                return
+        better = int(np.argmax(floors))
+        left = _Cell(lists, prices[better], self.reached(bounds.near)[0], cell.steer if better else 1 / cell.steer)
         ledger.cut("bound", count - left.count)
         self.offer(np.array([bounds.near]))
-        near, reached = self.reached(bounds.near)
-        steer = 1.25 if reached < asked else 0.8
-        floor = self.floor(bounds, left, terms)
+        floor = max(*floors, known)
         if floor >= self.best - self.tie:
             ledger.cut("bound", left.count)
             return
-        heapq.heappush(self.open, (floor, next(self.ticket), _Cell(bounds.lists, cell.price * steer, near)))
+        heapq.heappush(self.open, (floor, next(self.ticket), left))
+
+    def evaluate(self, lists: Lists, may: Bools, count: int) -> bool:
+        """Evaluate the plans that the bound leaves of a cell (first, second, third), unless they are too many."""
+        plans = np.argwhere(may)
+        if len(plans) > _EACH:
+            return False
+        self.offer(np.stack([one[plans[:, k]] for k, one in enumerate(lists) if one is not None], axis=1))
+        self.ledger.evaluated += len(plans)
+        self.ledger.cut("bound", count - len(plans))
+        return True
 
     def reached(self, plan: Sequence[int]) -> tuple[Floats, float]:
         """((2K,) what hit and union add up to, quality) of one plan."""
@@ -271,7 +289,7 @@ class _Hunt:
             upper = np.isin(self.scene.column[whole], heads[len(heads) // 2:])
         return [
             _Cell((part if which == 0 else cell.lists[0], part if which == 1 else cell.lists[1],
-                   part if which == 2 else cell.lists[2]), cell.price, cell.near)
+                   part if which == 2 else cell.lists[2]), cell.price, cell.near, cell.steer)
             for part in (whole[~upper], whole[upper])
         ]
 
