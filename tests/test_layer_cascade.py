@@ -54,11 +54,12 @@ def test_every_pixel_by_itself(confidence: str) -> None:
 def test_both_ends_cost_what_the_table_says(exits: list[str]) -> None:
     net, data = segmenter(), labelled()
     table = offramp.record(net, data, latency=False)
-    none, all_first = layer_cascade(net, data, exits=exits, thresholds=[1.5, 0.0]).points
+    found = layer_cascade(net, data, exits=exits, thresholds=[1.5, 0.0])
+    none, all_first = found.points
     columns = [table.names.index(name) for name in exits]
     assert none.macs == table.costs.macs[-1] + sum(table.costs.head_macs[c] for c in columns)
     assert all_first.macs == table.costs.macs[columns[0]] + table.costs.head_macs[columns[0]]
-    assert none.shares[-1] == all_first.shares[0] == 1
+    assert none.shares[-1] == all_first.shares[0] == 1 and found.backbone_macs == table.costs.macs[-1]
     assert table.confusion is not None
     for point, column in ((none, -1), (all_first, columns[0])):
         assert point.miou == pytest.approx(float(mean_iou(table.confusion[:, column].sum(0))))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import segmentation
 
 from offramp.cost import macs
 from offramp.cost.fields import fields
@@ -50,7 +51,7 @@ class Branches(nn.Module):
         joined = torch.cat([self.a(x), beside], 1)
         shuffled = joined.view(len(x), 2, 2, *x.shape[-2:]).transpose(1, 2).flatten(1, 2)
         first, second = shuffled.chunk(2, 1)
-        return self.c(F.pad(torch.cat([second, first], 1), (1, 0, 1, 0)))
+        return self.c(F.pad(torch.cat([second, first], 1), (2, 0, 1, 0)))
 
 
 class Called(nn.Module):
@@ -192,3 +193,27 @@ def test_a_view_of_a_view_of_a_blank_is_seen() -> None:
     x = torch.rand(1, 2, 6, 4)
     needed = fields(fill, x).needed(one_at_a_time(6, 4)).inputs[0]
     assert bool((needed.flatten(1).T.reshape(6, 4, 6, 4) >= moved(fill, x)).all())
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_dilated_resnets_as_the_paper_says(name: str) -> None:
+    """MESS, 6.2: up to 45 % of the first exit's map with an FCN head, all of it with DeepLabV3's (whose image pool)."""
+    with torch.device("meta"):
+        net = getattr(segmentation, name)(weights=None, weights_backbone=None, aux_loss=False).eval()
+    blocks = [*net.backbone.layer3, *net.backbone.layer4][1:]  # after the first block of layer 3, on 65 x 65 places
+    tail = nn.Sequential(*blocks, net.classifier, nn.Upsample((520, 520), mode="bilinear"))
+    want = torch.zeros(1, 520, 520, dtype=torch.bool)
+    want[0, 260, 260] = True
+    found = fields(tail, torch.empty(1, 1024, 65, 65, device="meta"))
+    share = float(found.needed(want).inputs[0].double().mean())
+    reach = sum(block.conv2.dilation[0] for block in blocks) + 1  # to each side of the two places that are blended
+    assert share == pytest.approx(1.0 if "deeplab" in name else ((2 * reach + 2) / 65) ** 2) and not found.unknown
+    if "fcn" in name:
+        assert reach == 21 and share == pytest.approx(0.45, abs=0.01)
+
+
+def test_a_square_map_turned_is_not_taken_for_the_same() -> None:
+    x = torch.rand(1, 2, 5, 5)
+    for turn in (lambda x: x.permute(0, 1, 3, 2) + 1, lambda x: x.transpose(2, 3) + 1):
+        found = fields(turn, x)
+        assert bool(found.needed(one_at_a_time(5, 5)).inputs[0].all()) and found.unknown
