@@ -216,6 +216,7 @@ class _Hunt:
                 return
             for part in self.halves(cell):
                 self.settle(part, low)
+            self.ledger.tell(self.best)
 
     def settle(self, cell: _Cell, known: float = -np.inf) -> None:
         """Bound a cell; drop it, evaluate it, or put what is left of it back."""

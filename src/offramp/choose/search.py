@@ -128,7 +128,7 @@ def search_front(table: ExitTable, **options: Any) -> list[Plan]:
     if unknown or options.get("minimise") == "drop":
         raise OfframpError(expected="options of search(), and a cost to minimise",
                            got=", ".join(sorted(unknown)) or "minimise='drop'", where="search_front()")
-    ask = _ask(table, {**defaults, "tolerance": "exact", **options})
+    ask = _ask(table, {**defaults, **options, "tolerance": options.get("tolerance") or "exact"})
     if ask is None:
         raise OfframpError(expected="tolerance 'exact'", got=repr(options["tolerance"]), where="search_front()")
     return exact_front(table, ask)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from offramp.errors import OfframpError
 
-__all__ = ["Debug", "Json", "Steps", "command_line", "fail", "note", "result", "verb"]
+__all__ = ["Debug", "Json", "Settled", "Steps", "command_line", "fail", "note", "result", "verb"]
 
 P = ParamSpec("P")
 
@@ -104,6 +104,26 @@ class Steps:
                    TimeRemainingColumn())
         with Progress(*columns, console=_stderr, transient=True) as bar:
             yield from bar.track(self.items, total=len(self), description=self.words)
+
+
+class Settled:
+    """A bar on stderr of the share of an exhaustive search that is settled; ``with`` it, then call it."""
+
+    def __init__(self, words: str, *, quiet: bool = False) -> None:
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+                            TimeElapsedColumn(), console=_stderr, transient=True,
+                            disable=quiet or not _stderr.is_terminal)
+        self.task = self.bar.add_task(words, total=1.0)
+
+    def __enter__(self) -> "Settled":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, settled: float, best: float) -> None:
+        self.bar.update(self.task, completed=settled)
 
 
 def _plain(value: Any) -> Any:

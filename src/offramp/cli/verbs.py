@@ -45,9 +45,11 @@ Again = Annotated[bool, typer.Option("--again", help="Begin anew instead of goin
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Batches = Annotated[str, typer.Option(help="Batch sizes to time, with commas.")]
 MaxDrop = Annotated[float, typer.Option(help="Loss to tolerate, a fraction: 0.01 is one point.")]
-Minimise = Annotated[str, typer.Option(help="macs or latency_ms.")]
-Tolerance = Annotated[str, typer.Option(help="joint spends the loss where it saves most; halving, even share it out.")]
-Confidence = Annotated[str, typer.Option(help="top, margin or entropy; dense also top_edges or entropy_edges.")]
+Minimise = Annotated[str, typer.Option(help="macs, latency_ms, peak_bytes, param_bytes or drop (the best quality).")]
+Tolerance = Annotated[str, typer.Option(help="joint spends the loss where it saves most; halving, even share it out; "
+                                        "exact proves the optimum; auto chooses between exact and joint.")]
+Confidence = Annotated[str, typer.Option(help="top, margin or entropy; dense also top_edges or entropy_edges; "
+                                         "several with commas, for the exact search to choose.")]
 MaxExits = Annotated[int | None, typer.Option(min=0, help="Use at most so many exits.")]
 Against = Annotated[str, typer.Option(help="What the loss is measured against: auto, labels or backbone.")]
 LatencyBatch = Annotated[int, typer.Option("--latency-batch", help="Batch size at which latency_ms is meant.")]
@@ -120,17 +122,41 @@ def record(
 @app.command(epilog="offramp search run --max-drop 0.01 --minimise latency_ms")
 @verb
 def search(
-    run: Folder, max_drop: MaxDrop = 0.01, minimise: Minimise = "macs", tolerance: Tolerance = "joint",
-    confidence: Confidence = "top", max_exits: MaxExits = None, against: Against = "auto",
-    latency_batch: LatencyBatch = 1, as_json: Json = False, debug: Debug = False,
+    run: Folder, max_drop: Annotated[float | None, typer.Option(help="Loss to tolerate, a fraction; 0.01 where no "
+                                                                "other goal for quality is set.")] = None,
+    minimise: Minimise = "macs", tolerance: Tolerance = "auto", confidence: Confidence = "top",
+    max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1,
+    setting: Annotated[str, typer.Option(help="input_dependent, budgeted (a static sub-model with one exit) or "
+                                         "anytime (exits that refine until a deadline).")] = "input_dependent",
+    min_miou: Annotated[float | None, typer.Option(help="Least mIoU, a fraction.")] = None,
+    max_macs: Annotated[float | None, typer.Option(help="Most MACs a sample.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Most milliseconds a sample.")] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Most bytes, parameters and peak together.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds, then the best plan so far and the gap.")] = None,
+    front: Annotated[bool, typer.Option("--front", help="Print the whole front of cost and quality; keeps no plan.")
+                     ] = False,
+    as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """Choose exits and thresholds on the calibration split: the cheapest plan within a loss that you state."""
+    """Choose exits and thresholds on the calibration split: the best plan within the limits that you state."""
     from offramp.cli.folder import Run
-    from offramp.cli.work import search_run
+    from offramp.cli.work import front_run, search_run
 
-    plan = search_run(Run.open(run), options=_options(max_drop, minimise, tolerance, confidence, max_exits, against,
-                                                      latency_batch), command=command_line())
-    result({"run": str(run), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes},
+    options = _options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
+    options |= {"setting": setting, "min_miou": min_miou, "max_macs": max_macs, "max_latency_ms": max_latency_ms,
+                "max_bytes": max_bytes, "time_limit_s": time_limit}
+    if setting not in ("input_dependent", "budgeted", "anytime"):
+        fail(f"--setting: expected input_dependent, budgeted, anytime, but got {setting!r}.")
+    if front:
+        plans = front_run(Run.open(run), options=options, quiet=as_json)
+        lines = [f"{float(one.predicted[minimise]):12.6g} {minimise}  quality "
+                 f"{float(one.predicted['quality_asked']):.4f}  {', '.join(one.exits) or 'no exit'}" for one in plans]
+        result({"run": str(run), "front": [{"exits": one.exits, "predicted": one.predicted,
+                                            "certificate": one.certificate} for one in plans]}, "\n".join(lines),
+               as_json=as_json)
+        return
+    plan = search_run(Run.open(run), options=options, command=command_line(), quiet=as_json)
+    result({"run": str(run), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes,
+            "certificate": plan.certificate},
            f"{_plan(plan)}\nnext: offramp bench {run}; offramp report {run}", as_json=as_json)
 
 
@@ -141,7 +167,7 @@ def adapt(
     model: Model, data: Data, out: Out, max_drop: MaxDrop = 0.01, exits: Exits = "4", heads: HeadKind = "small",
     recipe: RecipeName = "label_free", epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
     train_split: TrainSplit = None, within: Within = None,
-    minimise: Minimise = "macs", tolerance: Tolerance = "joint", confidence: Confidence = "top",
+    minimise: Minimise = "macs", tolerance: Tolerance = "auto", confidence: Confidence = "top",
     max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1, batches: Batches = "1",
     batch_size: BatchSize = 32, device: Device = None, precision: Precision = None, again: Again = False,
     as_json: Json = False, debug: Debug = False,
@@ -258,17 +284,22 @@ def _train(
     return run
 
 
-def _options(max_drop: float, minimise: str, tolerance: str, confidence: str, max_exits: int | None, against: str,
-             batch: int) -> dict[str, Any]:
+def _options(max_drop: float | None, minimise: str, tolerance: str, confidence: str, max_exits: int | None,
+             against: str, batch: int) -> dict[str, Any]:
     allowed = {
-        "--minimise": (minimise, ("macs", "latency_ms")), "--tolerance": (tolerance, ("joint", "halving", "even")),
-        "--confidence": (confidence, ("top", "margin", "entropy", "top_edges", "entropy_edges")),
+        "--minimise": (minimise, ("macs", "latency_ms", "peak_bytes", "param_bytes", "drop")),
+        "--tolerance": (tolerance, ("auto", "joint", "halving", "even", "exact")),
         "--against": (against, ("auto", "labels", "backbone")),
     }
     for flag, (value, known) in allowed.items():
         if value not in known:
             fail(f"{flag}: expected {', '.join(known)}, but got {value!r}.")
-    return {"max_drop": max_drop, "minimise": minimise, "tolerance": tolerance, "confidence": confidence,
+    names = confidence.split(",")
+    for name in names:
+        if name not in (known := ("top", "margin", "entropy", "top_edges", "entropy_edges")):
+            fail(f"--confidence: expected {', '.join(known)}, but got {name!r}.")
+    return {"max_drop": max_drop, "minimise": minimise, "tolerance": None if tolerance == "auto" else tolerance,
+            "confidence": names if len(names) > 1 else confidence,
             "max_exits": max_exits, "against": against, "batch": batch}
 
 
@@ -290,6 +321,10 @@ def _plan(plan: "Plan") -> str:
                  f"loss {float(said['loss']):.4f} against {said['loss_against']}")
     lines.append("  leave at: " + ", ".join(f"{name} {share:.1%}" for name, share in
                                             zip(said["exits"], said["shares"], strict=True)))
+    if told := plan.certificate:
+        proof = "proven" if told["proven"] else f"not proven, {float(told['gap']):.1%} may be left"
+        lines.append(f"  {plan.setting}: optimum of {float(told['configurations']):.4g} configurations {proof}, "
+                     f"{told['evaluated']} evaluated in {float(told['seconds']):.3g} s")
     return "\n".join([*lines, *map(str, plan.notes)])
 
 

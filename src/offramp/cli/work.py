@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 from offramp._specs import near
 from offramp.choose.calibrate import calibrate
 from offramp.choose.plan import save_plan
-from offramp.choose.search import search
+from offramp.choose.search import search, search_front
 from offramp.cli.folder import Manifest, Run, example, probe
-from offramp.cli.say import Steps, note
+from offramp.cli.say import Settled, Steps, note
 from offramp.data import Source, Split, load_data
 from offramp.errors import OfframpError
 from offramp.models import load_model
@@ -27,7 +27,7 @@ from offramp.train.loop import fit
 from offramp.train.recipe import Recipe
 from offramp.types import Plan
 
-__all__ = ["make_recipe", "open_model", "record_run", "search_run", "start", "train_run"]
+__all__ = ["front_run", "make_recipe", "open_model", "record_run", "search_run", "start", "train_run"]
 
 HEADS: dict[str, Any] = {"small": None, "shortcut": ShortcutSpec(share=0.2), "mess": mess_space()}
 RECIPES: dict[str, Callable[..., Recipe]] = {"label_free": recipes.label_free, "joint": recipes.joint}
@@ -153,12 +153,23 @@ def record_run(
     return tables
 
 
-def search_run(run: Run, *, split: str = "calibration", options: Mapping[str, Any], command: str = "") -> Plan:
+def search_run(run: Run, *, split: str = "calibration", options: Mapping[str, Any], command: str = "",
+               quiet: bool = False) -> Plan:
     """Search a plan on a split's table and keep it."""
     table = run.table(split)
-    against = options.get("against", "auto")
-    temperatures = calibrate(table, against=against).early if table.task == "classify" else None
-    plan = search(table, temperatures=temperatures, **options)
+    with Settled("searching", quiet=quiet) as told:
+        plan = search(table, temperatures=_temperatures(table, options), progress=told, **options)
     save_plan(plan, run.path / "plan.json")
     run.save(command)
     return plan
+
+
+def front_run(run: Run, *, split: str = "calibration", options: Mapping[str, Any], quiet: bool = False) -> list[Plan]:
+    """The front of cost and quality on a split's table."""
+    table = run.table(split)
+    with Settled("searching", quiet=quiet) as told:
+        return search_front(table, temperatures=_temperatures(table, options), progress=told, **options)
+
+
+def _temperatures(table: ExitTable, options: Mapping[str, Any]) -> tuple[float, ...] | None:
+    return calibrate(table, against=options.get("against", "auto")).early if table.task == "classify" else None
