@@ -1,6 +1,7 @@
 """The exhaustive search beside brute force, on every setting and objective."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 
 from choose.mess_tables import mess_table
 from choose.synthetic import classify, dense
+from offramp.choose import branch
+from offramp.choose.goal import Goal, Ledger
 from offramp.choose.replay import replay
 from offramp.choose.search import search, search_front
+from offramp.choose.settings import anytime
 from offramp.choose.space import lay_out, quality
 from offramp.errors import OfframpError, PlanError
 from offramp.functional.metrics import mean_iou
@@ -64,6 +68,21 @@ def test_cheapest_within_a_drop_is_brute_forces(small: Any, drop: float) -> None
     assert sum(told["pruned"].values()) + told["evaluated"] == told["configurations"]
     assert told["configurations"] == 17**3  # 2 heads x 4 x 2 thresholds or none at each of 3 sites
     assert told["evaluated"] < len(plans)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.02, 0.1])
+def test_the_proof_needs_no_luck(small: Any, drop: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a plan to beat from the local search, and with cells that must be cut often."""
+    table, plans = small
+    monkeypatch.setattr(branch._Hunt, "explore", lambda self: None)
+    monkeypatch.setattr(branch, "_EACH", 3)
+    for groups in (2, 20):
+        monkeypatch.setattr(branch, "_GROUPS", groups)
+        plan = search(table, max_drop=drop, steps=4, pixel_steps=2)
+        assert plan.predicted["macs"] == pytest.approx(
+            min(macs for macs, got, _ in plans if got >= whole(plans) - drop - 1e-12), rel=1e-9)
+        told = plan.certificate
+        assert told["proven"] and sum(told["pruned"].values()) + told["evaluated"] == told["configurations"]
 
 
 @pytest.mark.parametrize("share", [0.4, 0.7, 1.1])
@@ -149,6 +168,8 @@ def test_budgeted_is_the_cheapest_column_that_reaches_the_goal() -> None:
     assert done.shares == (1.0, 0.0) and float(done.macs.mean()) == price[e] == plan.predicted["macs"]
     assert plan.predicted["param_bytes"] == costs.param_bytes[e] + costs.head_param_bytes[e] < costs.param_bytes[-1]
     assert plan.predicted["quality"] == pytest.approx(reached[e])
+    tightest = min(costs.param_bytes[e] + costs.head_param_bytes[e] + costs.peak_bytes[e] for e in range(13))
+    assert search(table, setting="budgeted", minimise="drop", max_bytes=tightest).exits  # the whole network is larger
     small = search(table, setting="budgeted", minimise="drop", max_bytes=plan.predicted["param_bytes"] + 20_000_000)
     assert small.predicted["param_bytes"] + small.predicted["peak_bytes"] <= plan.predicted["param_bytes"] + 20_000_000
     with pytest.raises(PlanError, match=r"quality >= 0.99"):
@@ -180,6 +201,18 @@ def test_anytime_has_the_least_overhead(exits: int) -> None:
     assert [one["quality"] for one in each] == [
         pytest.approx(reached[table.index(name)]) for name in (*plan.exits, "final")]
     assert each[0]["macs"] == sum(table.costs.head_macs[table.index(plan.exits[0])] for _ in (0,)) + first
+
+
+def test_a_later_answer_is_never_worse_and_of_equal_overheads_the_earliest_speaks() -> None:
+    table = mess_table(6, 3, 2, 3, pixels=128, skill=0.3)
+    costs = replace(table.costs, head_macs=(5, 9, 5, 9, 5, 9, 0))
+    reached = np.array([0.6, 0.8, 0.5, 0.5, 0.7, 0.75, 0.9])
+    found = anytime(costs, reached, [0, 0, 1, 1, 2, 2], Goal(minimise="macs", min_quality=0.4), Ledger(), exits=2)
+    assert found[0][0] == (0, 4)  # (0, 2) and (0, 3) fall from 0.6 to 0.5; (2, 4) costs as much and speaks later
+    assert found[0][1] == costs.macs[-1] + 10
+    assert all(reached[a] <= reached[b] for (a, b), _, _ in found)
+    assert anytime(costs, reached, [0, 0, 1, 1, 2, 2], Goal(minimise="macs", min_quality=0.5), Ledger(),
+                   exits=1)[0][0] == (0,)
 
 
 def test_a_deadline_holds_until_the_first_answer() -> None:
@@ -236,6 +269,10 @@ def test_dense_tables_with_one_head_a_site_are_searched_as_before() -> None:
     table = dense(20, 2, 3)
     assert search(table).asked["tolerance"] == "joint"
     assert search(mess_table(8, 2, 2, 2, pixels=128)).asked["tolerance"] == "exact"
+    assert search(mess_table(8, 2, 2, 2, pixels=128), smooth=True).asked["tolerance"] == "joint"
+    several = classify(20, 3, 3)
+    columns = tuple(replace(one, site="shared") for one in several.columns[:2])
+    assert search(replace(several, columns=(*columns, *several.columns[2:]))).asked["tolerance"] == "joint"
 
 
 def test_quality_counts_a_class_that_is_only_called() -> None:

@@ -1,0 +1,75 @@
+"""No plan of a cell beats the cell's bound, whatever the groups and the price: every plan beside it, one by one."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from choose.mess_tables import mess_table
+from offramp.choose.bound import Lists, Scene, filter_lists
+from offramp.choose.branch import _Hunt
+from offramp.choose.goal import Goal, Ledger
+from offramp.choose.space import lay_out, quality
+
+
+def scene_of(seed: int) -> Scene:
+    space = lay_out(mess_table(24, 3, 3, 4, pixels=128, skill=0.3, seed=seed, noise=2.0), against="labels",
+                    confidence="top", steps=5, pixel_steps=3)
+    return _Hunt(space, Goal(minimise="macs", min_quality=0.4), Ledger(), 3, np.inf).scene
+
+
+def outcome(scene: Scene, plan: tuple[int, ...]) -> tuple[float, float]:
+    """(cost, a share of the whole network's; quality) of one plan."""
+    samples, last = scene.inside.shape[1], len(scene.body) - 1
+    paid = 0.0
+    sums = np.zeros(scene.pay.shape[2])
+    for n in range(samples):
+        spent, at = 0.0, last
+        for c in plan:
+            spent += scene.head[scene.column[c]]
+            if scene.inside[c, n]:
+                at = int(scene.column[c])
+                break
+        paid += scene.body[at] + spent
+        sums += scene.pay[at, n]
+    half = len(sums) // 2
+    return paid / samples, float(quality(sums[:half], sums[half:]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("per", [1, 2, 50])
+@pytest.mark.parametrize("exits", [1, 2, 3])
+def test_no_plan_beats_the_bound_of_its_cell(seed: int, per: int, exits: int) -> None:
+    scene, draw = scene_of(seed % 2), np.random.default_rng(seed)
+    last = len(scene.body) - 1
+    site = scene.column // 3
+    picked = [np.sort(draw.choice(np.flatnonzero(site == s), 7, replace=False)) for s in range(3)]
+    lists: Lists = {1: (None, picked[1], None), 2: (picked[0], picked[2], None), 3: tuple(picked)}[exits]  # type: ignore[assignment]
+    near = scene.pay[draw.integers(0, last + 1)].sum(axis=0)
+    plans = list(itertools.product(*(one for one in lists if one is not None)))
+    known = np.array([outcome(scene, plan) for plan in plans])
+    for price, of_cost in ((0.0, 1.0), (0.5, 1.0), (4.0, 1.0), (1.0, 0.0)):
+        asked = float(np.quantile(known[:, 1], 0.7))
+        worth = of_cost * known[:, 0] + price * (asked - known[:, 1])
+        budget = float(np.quantile(worth, 0.2))
+        found = filter_lists(scene, lists, budget=budget, asked=asked, price=price, near=near, per=per, of_cost=of_cost)
+        assert found.low <= worth.min() + 1e-9
+        if price == 0.5 and per == 1:
+            assert found.low > worth.min() - 0.5  # a bound that says nothing would hold as well
+        kept = [set(one.tolist()) for one in found.lists if one is not None]
+        for plan, value in zip(plans, worth, strict=True):
+            assert value > budget or all(c in one for c, one in zip(plan, kept, strict=True))
+        if per == 1:
+            shape = [1 if one is None else len(one) for one in lists]
+            assert found.of_plan.shape == tuple(shape)
+            assert (found.of_plan.ravel() <= worth + 1e-9).all()
+        assert len(found.near) == exits
+
+
+def test_one_exit_and_a_price_of_nothing_is_no_bound_but_the_cost() -> None:
+    scene = scene_of(0)
+    ids = np.flatnonzero(scene.column == 4)
+    found = filter_lists(scene, (None, ids, None), budget=9.0, asked=0.0, price=0.0, near=scene.pay[-1].sum(0), per=1)
+    costs = [outcome(scene, (int(c),))[0] for c in ids]
+    assert found.of_plan.ravel() == pytest.approx(costs, abs=1e-4)
+    assert found.near == (int(ids[int(np.argmin(costs))]),)
