@@ -45,6 +45,8 @@ class Manifest:
     """Names of the sites."""
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Site -> head's name -> its spec as JSON."""
+    notes: list[str] = field(default_factory=list)
+    """Which heads of a space were left out, and why."""
     shape: list[int] = field(default_factory=list)
     """Of one input, (C, H, W)."""
     within: str | None = None
@@ -114,7 +116,9 @@ class Run:
                      for site, each in made.heads.items()}
         guest, inputs = self.backbone, example(made.shape)
         torch.manual_seed(0)  # initial heads are part of what a seed promises
-        return attach(guest, inputs, exits=exits, heads=heads, within=made.within, keep_costly=restored)
+        net = attach(guest, inputs, exits=exits, heads=heads, within=made.within, keep_costly=restored)
+        net.notes = tuple(made.notes) if restored else net.notes
+        return net
 
     @cached_property
     def net(self) -> MultiExit:

@@ -99,7 +99,7 @@ def start(
     guest = network.get_submodule(within) if within else network
     run.manifest.backbone = fingerprint_of(guest)
     net = run.attach(exits, HEADS[heads])
-    run.manifest.exits = [site.name for site in net.sites]
+    run.manifest.exits, run.manifest.notes = [site.name for site in net.sites], list(net.notes)
     for site in net.sites:
         columns = [column for column in net.columns if column.site == site.name]
         run.manifest.heads[site.name] = {c.head: net.head(c.name).spec.to_json() for c in columns}  # type: ignore[union-attr, operator]
