@@ -39,6 +39,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=12, help="of every end-to-end row")
     options.add_argument("--head-epochs", type=int, default=20, help="of every frozen row")
     options.add_argument("--space-epochs", type=int, default=6, help="of all heads of the space together")
+    options.add_argument("--whole-space", action="store_true", help="64 heads a site instead of 48")
     options.add_argument("--time-limit", type=float, default=300, help="seconds a search may take")
     options.add_argument("--views", type=int, default=2, help="augmented views whose features are cached")
     options.add_argument("--scenes", type=int, default=800, help="pictures that stand for ImageNet")

@@ -43,7 +43,7 @@ def demo_run(
     _say(quiet, "3/6  memoising what every exit says on calibration and test")
     record_run(run, ("calibration", "test"), batches=(1,), quiet=quiet)
     _say(quiet, "4/6  searching exits and thresholds for a loss of at most one point")
-    plan = search_run(run, options={"max_drop": 0.01, "minimise": "macs"})
+    plan = search_run(run, options={"max_drop": 0.01, "minimise": "latency_ms"})
     _say(quiet, "5/6  timing it beside the untouched network")
     bench = bench_run(run, batches=(1, 16), repeats=5 if quick else 30, budget_s=4 if quick else 30, quiet=quiet)
     _say(quiet, "6/6  the report")

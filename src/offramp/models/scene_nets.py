@@ -38,10 +38,10 @@ def _stem(width: int) -> nn.Sequential:
 
 @final
 class SceneSegmenter(nn.Module):
-    """(N, 3, H, W) -> logits (N, K, H, W): ten residual blocks down to 1/8, a 1x1 classifier, bilinear upsampling.
+    """(N, 3, H, W) -> logits (N, K, H, W): fourteen residual blocks down to 1/8, a 1x1 classifier, bilinear upsampling.
 
     Four answers for each place of the 1/8 map (a pixel shuffle to 1/4) were tried and dropped: after equal training
-    they found thin poles no better, 0.519 mIoU against 0.521.
+    they (ten blocks then) found thin poles no better, 0.519 mIoU against 0.521.
     """
 
     def __init__(self, num_classes: int = 11) -> None:
@@ -49,7 +49,8 @@ class SceneSegmenter(nn.Module):
         self.stem = _stem(24)
         self.stage1 = nn.Sequential(Residual(24, 32, stride=2), Residual(32, 32))
         self.stage2 = nn.Sequential(Residual(32, 64, stride=2), Residual(64, 64), Residual(64, 64))
-        self.stage3 = nn.Sequential(Residual(64, 96, dilation=2), *(Residual(96, 96, dilation=d) for d in (2, 4, 4, 2)))
+        deep = (Residual(96, 96, dilation=d) for d in (2, 4, 4, 2, 2, 4, 4, 2))
+        self.stage3 = nn.Sequential(Residual(64, 96, dilation=2), *deep)
         self.classifier = nn.Conv2d(96, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
