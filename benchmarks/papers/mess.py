@@ -17,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from mess_choose import costs, fig4, table2, table7  # noqa: E402
+from mess_cascade import receptive_fields
+from mess_choose import costs, fig4, table2, table3, table7  # noqa: E402
 from mess_train import LOSSES, first_stage, quality, second_stage  # noqa: E402
 
 from claims import Sheet  # noqa: E402
@@ -110,7 +111,8 @@ def judge(sheet: Sheet, claim: str, ours: list[list[float]], theirs: list[list[f
     sheet.add(claim + spread, statistics.mean(apart), unit="points", bar=bar, paper=paper)
 
 
-PARTS = {"table5": table5, "table6": table6, "table2": table2, "table7": table7, "fig4": fig4, "costs": costs}
+PARTS = {"table5": table5, "table6": table6, "table2": table2, "table7": table7, "fig4": fig4, "costs": costs,
+         "table3": table3, "fields": lambda args, sheet: receptive_fields(sheet)}
 
 if __name__ == "__main__":
     main()

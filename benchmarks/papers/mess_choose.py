@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mess_cascade
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -55,8 +56,7 @@ def table2(args: argparse.Namespace, sheet: Sheet) -> None:
                   {site: round(max(float(values[e]) for e, c in enumerate(table.columns) if c.site == site), 2)
                    for site in dict.fromkeys(c.site for c in table.columns)}, flush=True)
         for drop, (bar, paper) in DROPS.items():
-            plan = offramp.search(fitted, max_drop=drop, minimise="macs", confidence=CONFIDENCES, max_exits=3,
-                                  tolerance="exact", time_limit_s=args.time_limit)
+            plan = cheapest(args, fitted, drop)
             seen = offramp.replay(reported, plan)
             said = plan.predicted
             about = f"{backbone}, drop <= {100 * drop:g} points"
@@ -84,6 +84,23 @@ def clock(args: argparse.Namespace, sheet: Sheet, about: str, net, plan) -> None
             sheet.add(f"{about}: time ratio, eager {dtype}, batch {batch}", took.time_ratio, unit="x", paper=2.23)
             sheet.add(f"{about}: share of the MACs ratio on the clock, eager {dtype}, batch {batch}", took.share,
                       unit="1", bar=">= 0.9", paper=0.66)
+
+
+def table3(args: argparse.Namespace, sheet: Sheet) -> None:
+    """Layer Cascade's pixels against whole images, at the exits that Table 2's second plan has."""
+    for backbone in args.backbones:
+        net, fitted, reported = space(args, backbone)
+        plan = cheapest(args, fitted, 0.01)
+        loaders = [torch.utils.data.DataLoader(source(args).split(name), batch_size=4)
+                   for name in ("calibration", "test")]
+        mess_cascade.table3(net, *loaders, plan.exits, sheet, name=backbone, drops=(0.001, 0.01),
+                            tables=(fitted.select(plan.exits), reported.select(plan.exits)))
+
+
+def cheapest(args: argparse.Namespace, fitted: ExitTable, drop: float):
+    """The plan with the fewest MACs at a stated drop, up to three early exits, all thresholds."""
+    return offramp.search(fitted, max_drop=drop, minimise="macs", confidence=CONFIDENCES, max_exits=3,
+                          tolerance="exact", time_limit_s=args.time_limit)
 
 
 def table7(args: argparse.Namespace, sheet: Sheet) -> None:

@@ -160,7 +160,8 @@ def test_run_predicts_images_as_the_table_says(run: Path, tmp_path: Path) -> Non
     (("sites", "offramp:cifar_resnet20", "--shape", "1x32x32"), ["(2, 1, 32, 32)", "What to do"]),
     (("sites", "offramp:cifar_resnet20", "--data", "imagefolder:nowhere"), ["nowhere"]),
     (("search", "nowhere"), ["nowhere", "offramp train"]),
-    (("search", "nowhere", "--minimise", "flops"), ["nowhere"]),
+    (("search", "nowhere"), ["nowhere"]),
+    (("search", "nowhere", "--minimise", "flops"), ["'flops'", "peak_bytes"]),
     (("train", "offramp:cifar_resnet20", "--data", "scenes?n=2", "--out", "x", "--recipe", "label_fre"),
      ["label_fre", "label_free"]),
 ])
