@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offramp.cost.macs import count
 from offramp.errors import CutError
 from offramp.graph import State, begin, place, sites, split, trace
 
@@ -359,3 +360,11 @@ def test_within_a_detector() -> None:
     assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
     with pytest.raises(CutError, match="the name of a submodule.*backbone.boddy"):
         sites(model, images, within="backbone.boddy")
+
+
+def test_a_network_traced_on_its_way_is_counted_once() -> None:
+    net = conv_net().eval()
+    traced = trace(net, torch.rand(2, 3, 16, 16))
+    unseen = torch.rand(2, 3, 24, 24)
+    whole = count(lambda: run(traced, [], unseen))
+    assert whole == count(net, unseen)

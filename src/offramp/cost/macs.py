@@ -5,8 +5,10 @@ element. Not counted, but listed by name: norms, activations, pooling and the li
 """
 
 import math
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["MacCounter", "Macs", "count", "macs_of_op"]
+__all__ = ["MacCounter", "Macs", "count", "macs_of_op", "not_counted"]
+
+_running = threading.local()
 
 Formula = Callable[..., int]
 
@@ -57,6 +61,15 @@ class MacCounter(TorchDispatchMode):
         self._by_op: Counter[str] = Counter()
         self._uncounted: Counter[str] = Counter()
 
+    def __enter__(self) -> "MacCounter":
+        _running.counters = [*getattr(_running, "counters", ()), self]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _running.counters = [one for one in _running.counters if one is not self]
+
     def macs(self) -> Macs:
         return Macs(total=self.total, by_op=dict(self._by_op), uncounted=dict(self._uncounted))
 
@@ -74,6 +87,17 @@ class MacCounter(TorchDispatchMode):
             self._by_op[name] += macs
         elif not _is_free(func):
             self._uncounted[name] += 1
+
+
+@contextmanager
+def not_counted() -> Iterator[None]:
+    """What runs within is nobody's cost: a network that is traced on its way runs twice and is used once."""
+    kept = [(one, one.total, one._by_op.copy(), one._uncounted.copy()) for one in getattr(_running, "counters", ())]
+    try:
+        yield
+    finally:
+        for one, total, by_op, uncounted in kept:
+            one.total, one._by_op, one._uncounted = total, by_op, uncounted
 
 
 def macs_of_op(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:

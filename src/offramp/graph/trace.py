@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from offramp.cost.macs import not_counted
 from offramp.errors import CutError, OfframpError
 from offramp.graph._blocks import blocks_of
 from offramp.graph._guest import as_found, flat, rebuild
@@ -117,7 +118,7 @@ class Traced:
         key = self._key(args, kwargs)
         known = self._programs.get(key)
         if known is None or any(fetch() is not known.constants[name] for name, fetch in known.homes.items()):
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), not_counted():
                 program, _ = self._record(args, kwargs)
             same = {_signature(other): other for other in reversed(self._programs.values())}
             self._programs[key] = same.get(_signature(program), program)
