@@ -145,6 +145,8 @@ def test_latency_and_a_limit_on_macs() -> None:
 
 def test_the_best_of_several_confidences() -> None:
     table = mess_table(16, 2, 2, 3, pixels=128, skill=0.3, seed=5)
+    other = mess_table(16, 2, 2, 3, pixels=128, skill=0.3, seed=6).histograms["top"]
+    table = replace(table, histograms={**table.histograms, "entropy": other})
     alone = [search(table, confidence=(name,), steps=4, pixel_steps=2) for name in ("top", "entropy")]
     both = search(table, confidence=("top", "entropy"), steps=4, pixel_steps=2)
     assert both.predicted["macs"] == min(one.predicted["macs"] for one in alone)
@@ -248,6 +250,14 @@ def test_it_stops_in_time_with_a_gap_that_holds() -> None:
     assert done.certificate["proven"] and told[-1][0] <= 1.0
     assert done.predicted["macs"] <= stopped.predicted["macs"]
     assert done.predicted["macs"] >= stopped.predicted["macs"] * (1 - stopped.certificate["gap"]) - 1e-6
+
+
+def test_nothing_found_in_time_is_not_nothing_there() -> None:
+    table = mess_table(20, 3, 3, 4, pixels=128, skill=0.3)
+    with pytest.raises(PlanError, match="raise time_limit_s"):
+        search(table, min_miou=0.3, max_macs=1e6, time_limit_s=0.0)
+    with pytest.raises(PlanError, match="loosen a constraint"):
+        search(table, min_miou=0.3, max_macs=1e6)
 
 
 def test_refuses_what_an_exhaustive_search_cannot_do() -> None:

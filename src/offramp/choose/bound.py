@@ -10,7 +10,8 @@ planes (McCormick's envelope of hit times the chord of 1 / union); both are addi
 *Exits see only who is left.* Fix the middle exit: the first and the third then hardly touch each other, for whoever
 leaves at the first mostly would at the middle one. Only for those who would not, the third exit's gain is overstated;
 the first exit's list is charged with the most that this can be. So the best first and the best third exit are found
-apart from each other, by products of 0/1 matrices with worths.
+apart from each other, by products of 0/1 matrices with worths; the same holds beside the first exit. Pairs of a first
+and a second exit that this leaves are then bounded with each third exit, nothing taken apart.
 
 Groups of candidates of one column are bounded together: samples in all of their sets leave, in none stay, the others do
 what is better. A group that no plan below the threshold can contain is dropped from its list. Everything is rounded to
@@ -30,6 +31,7 @@ Singles = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Lists = tuple[Ints | None, Ints, Ints | None]
+_PAIRS = 2_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,8 +61,8 @@ class Bounds:
     """No plan of the cell has a smaller worth: cost + price * (quality asked - quality)."""
     near: tuple[int, ...]
     """The plan, one candidate a list, whose bound is lowest."""
-    of_plan: Floats
-    """(first, second, third) bound of each plan, where ``per`` is 1; 1 wide where there is no list."""
+    plans: Ints | None
+    """(P, exits) plans that the bound leaves, where ``per`` is 1; None where they are too many to tell."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,23 +89,43 @@ def _grouped(scene: Scene, ids: Ints, per: int) -> _Groups:
                    np.logical_or.reduceat(inside, start, axis=0), len(ids))
 
 
+def _box(scene: Scene, groups: tuple[_Groups | None, ...]) -> tuple[Floats, Floats]:
+    """((2K,), (2K,)): what hit and union add up to at least and at most, for every plan of the cell.
+
+    The tighter of two: each sample at its own extreme column; or each role (an exit) has one column for all samples, so
+    that a sample is at the extreme of the roles' means, and a role's column deviates from its mean as a whole.
+    """
+    samples, size = scene.inside.shape[1], scene.pay.shape[2]
+    gone = np.zeros(samples, np.bool_)
+    end = scene.pay[-1]
+    best = np.full((2, samples, size), np.inf)  # of the low ends, and of the high ends' negatives
+    means = best.copy()
+    apart = np.zeros((2, size))
+    for group in groups:
+        if group is None:
+            continue
+        columns, first = np.unique(group.column, return_index=True)
+        can = np.logical_or.reduceat(group.union, first, axis=0) & ~gone
+        must: Bools = np.logical_and(group.core.all(axis=0), ~gone)
+        pay, mean = scene.pay[columns], scene.pay[columns].mean(axis=0)
+        some = np.asarray(can.any(axis=0)).reshape(-1, 1)
+        for side, sign in enumerate((1.0, -1.0)):
+            np.minimum(best[side], np.where(can[..., None], sign * pay, np.inf).min(axis=0), out=best[side])
+            np.minimum(means[side], np.where(some, sign * mean, np.inf), out=means[side])
+            turn = sign * (pay - mean)
+            np.minimum(turn, 0, out=turn, where=~must.reshape(1, -1, 1))
+            apart[side] += (turn * can[..., None]).sum(axis=1).min(axis=0)
+        gone |= must
+    for side, sign in enumerate((1.0, -1.0)):
+        for one in (best, means):
+            np.minimum(one[side], np.where(gone[:, None], np.inf, sign * end), out=one[side])
+    low, high = np.maximum(best.sum(axis=1), means.sum(axis=1) + apart) * np.array([[1.0], [-1.0]])
+    return low, high
+
+
 def _planes(scene: Scene, groups: tuple[_Groups | None, ...], near: Floats) -> tuple[Floats, float]:
     """(2K,) and a constant: quality <= constant + weights @ (hit, union), for every plan of the cell."""
-    columns, masks = [], []
-    samples = scene.inside.shape[1]
-    gone = np.zeros(samples, bool)
-    for group in groups:
-        if group is not None:
-            found, first = np.unique(group.column, return_index=True)
-            columns.append(found)
-            masks.append(np.logical_or.reduceat(group.union, first, axis=0) & ~gone)
-            gone = gone | group.core.all(axis=0)
-    columns.append(np.array([len(scene.body) - 1]))
-    masks.append(~gone[None])
-    can = np.concatenate(masks)[..., None]
-    pay = scene.pay[np.concatenate(columns)]
-    low = np.where(can, pay, np.inf).min(axis=0).sum(axis=0, dtype=np.float64)
-    high = np.where(can, pay, -np.inf).max(axis=0).sum(axis=0, dtype=np.float64)
+    low, high = _box(scene, groups)
     sure, classes = scene.sure, len(scene.sure)
     count = int(sure.sum())
     if not count:
@@ -143,25 +165,74 @@ def filter_lists(scene: Scene, lists: Lists, *, budget: float, asked: float, pri
 
     parts = [_beside(scene, groups, first, worth, head, of_cost) for first in ((False, True) if one else (False,))]
     total = whole + np.maximum.reduce([part.pair for part in parts])  # (first, second), the better of two bounds
-    best = np.unravel_index(int(total.argmin()), total.shape)
+    pairs = np.argwhere(total <= threshold)
     lows: list[NDArray[Any] | None] = [total.min(axis=1) if one else None, total.min(axis=0), None]
-    at = [int(best[0]), int(best[1]), 0]
+    best = [int(k) for k in np.unravel_index(int(total.argmin()), total.shape)]
+    low = float(total.min())
+    fits: Bools | None = total <= threshold
     if three is not None:
-        thirds = [(whole + part.others[:, None] + part.later) for part in parts if part.later is not None]
-        lows[2] = np.maximum.reduce([one.min(axis=0) for one in thirds])
-        at[2] = int(thirds[0][best[1]].argmin())
+        thirds = [(whole + part.others[:, None] + part.later).min(axis=0) for part in parts if part.later is not None]
+        of_third = np.maximum.reduce(thirds)
+        lows[2] = of_third
+        best.append(int(of_third.argmin()))
+        fits = None
+        if len(pairs) <= _PAIRS:  # few enough to bound each with each third exit, nothing taken apart
+            each = whole + _together(scene, groups, pairs, worth, head, of_cost)  # (pairs, third)
+            lows = [np.full(len(group.start), np.inf) if group else None for group in (one, two)]
+            lows.append(each.min(axis=0, initial=np.inf))
+            for known, of_pair in zip(lows[:2], pairs.T, strict=True):
+                if known is not None:
+                    np.minimum.at(known, of_pair, each.min(axis=1))
+            low = threshold
+            if len(pairs):
+                low = float(each.min())
+                row, third = np.unravel_index(int(each.argmin()), each.shape)
+                best = [*pairs[row].tolist(), int(third)]
+            fits = each <= threshold
     left: list[Ints | None] = [None, None, None]
     near_by = []
-    for k, (ids, group, low) in enumerate(zip(lists, groups, lows, strict=True)):
-        if ids is not None and group is not None and low is not None:
-            left[k] = ids[group.spread(low <= threshold)]
-            near_by.append(int(ids[group.start[at[k]]]))
+    for k, (ids, group, found) in enumerate(zip(lists, groups, lows, strict=True)):
+        if ids is not None and group is not None and found is not None:
+            left[k] = ids[group.spread(found <= threshold)]
+            near_by.append(int(ids[group.start[best[k]]]))
     assert left[1] is not None
-    of_plan = np.zeros((0, 0, 0))
-    if per == 1:
-        of_plan = np.maximum.reduce([part.of_plan() for part in parts]) + (whole - margin)
-    return Bounds(lists=(left[0], left[1], left[2]), low=float(total[best]) - margin, near=tuple(sorted(near_by)),
-                  of_plan=of_plan)
+    plans = None
+    if per == 1 and fits is not None:
+        at = np.argwhere(fits)
+        if three is not None:
+            at = np.concatenate([pairs[at[:, 0]], at[:, 1:]], axis=1)
+        plans = np.stack([ids[at[:, k]] for k, ids in enumerate(lists) if ids is not None], axis=1)
+    return Bounds(lists=(left[0], left[1], left[2]), low=low - margin, near=tuple(sorted(near_by)), plans=plans)
+
+
+def _together(scene: Scene, groups: tuple[_Groups | None, ...], pairs: Ints, worth: Singles, head: Singles,
+              of_cost: float) -> Singles:
+    """(pairs, third): bounds of plans, each sample of a group that is in doubt at its best."""
+    one, two, three = groups
+    assert two is not None and three is not None
+    out = np.empty((len(pairs), len(three.column)), np.float32)
+    for p in range(0, len(pairs), 1024):
+        first, second = pairs[p:p + 1024].T
+        passed = head[two.column[second]][:, None]
+        gone = two.core[second]
+        leave = np.where(two.union[second], passed + worth[two.column[second]], np.float32(np.inf))
+        dear = np.zeros(len(first))
+        if one is not None:
+            at_first = worth[one.column[first]]
+            leave = np.where(one.core[first], at_first,
+                             np.minimum(leave, np.where(one.union[first], at_first, np.float32(np.inf))))
+            gone = gone | one.core[first]
+            dear = of_cost * scene.head[one.column[first]]
+        for e in np.unique(three.column):
+            rows = np.flatnonzero(three.column == e)
+            core, union = three.core[rows], three.union[rows]
+            stays = np.where(gone, leave, np.minimum(leave, passed + head[e]))
+            turn = np.where(gone, 0, np.minimum(leave, passed + head[e] + worth[e]) - stays)
+            found = (stays.sum(axis=1) + dear)[:, None] + turn @ core.T.astype(np.float32)
+            if (loose := union & ~core).any():
+                found += np.minimum(turn, 0) @ loose.T.astype(np.float32)
+            out[p:p + 1024, rows] = found
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,12 +259,6 @@ class _Part:
         """(held,) all but the third exit."""
         return self.base if self.sooner is None else self.base + self.sooner.min(axis=0)
 
-    def of_plan(self) -> Floats:
-        """(first, second, third)"""
-        out = self.base[None, :, None] + (0.0 if self.sooner is None else self.sooner[:, :, None])
-        out = out + (self.after[None, :, None] if self.later is None else self.later[None])
-        return out.transpose(1, 0, 2) if self.first else out
-
 
 def _beside(scene: Scene, groups: tuple[_Groups | None, ...], first: bool, worth: Singles, head: Singles,
             of_cost: float) -> _Part:
@@ -208,12 +273,18 @@ def _beside(scene: Scene, groups: tuple[_Groups | None, ...], first: bool, worth
     if three is not None:
         later = np.empty((len(held.column), len(three.column)), np.float32)
         most = np.full(samples, -np.inf, np.float32)
+        # a third exit that is worse than the end for a sample: charged to whoever takes the sample more seldom, the
+        # third itself, which is then let off, or the other exit, which spares the sample that loss
+        seldom = np.zeros(samples, bool)
+        if other is not None:
+            seldom = three.union.mean(axis=0) < other.union.mean(axis=0) * (1 - held.core.mean(axis=0))
         for e in np.unique(three.column):
             rows = np.flatnonzero(three.column == e)
             core, union = three.core[rows], three.union[rows]
-            most = np.maximum(most, head[e] + np.where(union.any(axis=0), np.maximum(worth[e], 0), 0))
+            gain = np.where(seldom, np.minimum(worth[e], 0), worth[e])
+            most = np.maximum(most, head[e] + np.where(union.any(axis=0), np.maximum(gain, 0), 0))
             stays = np.where(held.core, middle, np.minimum(may, head[e]))
-            turn = np.where(held.core, 0, np.minimum(may, head[e] + worth[e]) - stays)
+            turn = np.where(held.core, 0, np.minimum(may, head[e] + gain) - stays)
             later[:, rows] = stays.sum(axis=1)[:, None] + turn @ core.T.astype(np.float32)
             if (loose := union & ~core).any():
                 later[:, rows] += np.minimum(turn, 0) @ loose.T.astype(np.float32)

@@ -46,7 +46,7 @@ class _Cell:
     lists: Lists
     price: float
     near: Floats
-    steer: float = 1.4
+    steer: float = 0.6
     """What the price is multiplied by from cut to cut, as long as the bound rises."""
 
     @property
@@ -221,6 +221,11 @@ class _Hunt:
     def settle(self, cell: _Cell, known: float = -np.inf) -> None:
         """Bound a cell; drop it, evaluate it, or put what is left of it back."""
         ledger, count, terms = self.ledger, cell.count, self.terms()
+        if ledger.out_of_time:
+            # unlooked at: no plan costs less than nothing, or is better than perfect
+            least = -1.0 if self.goal.minimise == "drop" else 0.0
+            heapq.heappush(self.open, (max(known, least), next(self.ticket), cell))
+            return
         widest = max(len(one) for one in cell.lists if one is not None)
         budget, asked = terms
         lists, prices, floors = cell.lists, (cell.price, cell.price * cell.steer), []
@@ -230,7 +235,7 @@ class _Hunt:
             bounds = filter_lists(
                 self.scene, lists, budget=budget, asked=asked if paid else 0.0, price=paid, near=cell.near,
                 per=max(1, -(-widest // _GROUPS)), of_cost=self.of_cost)
-            if widest <= _GROUPS and self.evaluate(lists, bounds.of_plan <= budget, count):
+            if bounds.plans is not None and self.evaluate(bounds.plans, count):
                 return
             lists = bounds.lists
             floors.append(self.floor(bounds, worth, terms))
@@ -247,12 +252,11 @@ class _Hunt:
             return
         heapq.heappush(self.open, (floor, next(self.ticket), left))
 
-    def evaluate(self, lists: Lists, may: Bools, count: int) -> bool:
-        """Evaluate the plans that the bound leaves of a cell (first, second, third), unless they are too many."""
-        plans = np.argwhere(may)
+    def evaluate(self, plans: Ints, count: int) -> bool:
+        """Evaluate the plans that the bound leaves of a cell, unless they are too many."""
         if len(plans) > _EACH:
             return False
-        self.offer(np.stack([one[plans[:, k]] for k, one in enumerate(lists) if one is not None], axis=1))
+        self.offer(plans)
         self.ledger.evaluated += len(plans)
         self.ledger.cut("bound", count - len(plans))
         return True
@@ -305,8 +309,10 @@ class _Hunt:
         enough = prices[-1]
         for worth in reversed(prices):
             best = -np.inf
-            for first in {0, len(thin) // 2}:
+            for first in range(len(thin)):
                 plan: list[int] = []
+                if self.ledger.out_of_time:
+                    return
                 for _ in range(4):
                     before = list(plan)
                     for k in range(len(thin)):

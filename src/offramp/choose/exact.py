@@ -52,7 +52,7 @@ def exact(table: ExitTable, ask: Ask) -> Plan:
         if outcome is not None and (best is None or outcome[0] < best[0]):
             best = (outcome[0], _threshold_plan(space, ask, outcome[1]))
     if best is None:
-        raise _nothing(ask, table)
+        raise _nothing(ask, table, ledger)
     return _finished(table, ask, best[1], ledger, list(ask.confidences))
 
 
@@ -142,8 +142,10 @@ def _finished(table: ExitTable, ask: Ask, plan: Plan, ledger: Ledger, confidence
         setting=ask.setting, minimise=ask.goal.minimise, confidences=confidences, max_exits=ask.max_exits))
 
 
-def _nothing(ask: Ask, table: ExitTable) -> PlanError:
+def _nothing(ask: Ask, table: ExitTable, ledger: Ledger | None = None) -> PlanError:
     limits = [f"quality >= {ask.goal.min_quality:.4f}"] if np.isfinite(ask.goal.min_quality) else []
     limits += [f"{unit} <= {most:g}" for unit, most in ask.goal.limits.items()]
-    return PlanError(expected=f"a plan with {', '.join(limits)}", got=f"none among {len(table.columns)} columns",
-                     where=f"search(setting={ask.setting!r})", todo="loosen a constraint, or train better exits.")
+    late = ledger is not None and ledger.gap > 0
+    return PlanError(expected=f"a plan with {', '.join(limits)}", got=f"none among {len(table.columns)} columns" + (
+                         f" in {ask.time_limit_s:g} s" if late else ""), where=f"search(setting={ask.setting!r})",
+                     todo="raise time_limit_s." if late else "loosen a constraint, or train better exits.")

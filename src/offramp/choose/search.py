@@ -32,7 +32,7 @@ def search(
     temperatures: Sequence[float] | None = None, smooth: bool | None = None, confidence_level: float | None = None,
     setting: Setting = "input_dependent", min_miou: float | None = None, max_macs: float | None = None,
     max_latency_ms: float | None = None, max_bytes: float | None = None, pixel_steps: int = 20,
-    time_limit_s: float | None = None, progress: Progress | None = None,
+    time_limit_s: float | None = 60.0, progress: Progress | None = None,
 ) -> Plan:
     """The cheapest plan on this table that loses at most ``max_drop`` (a fraction: 0.01 is one point) to the backbone.
 
@@ -70,7 +70,7 @@ def search(
     (0.01 where no other goal for quality is set), ``min_miou``, ``max_macs`` and ``max_latency_ms`` a sample, in
     "anytime" until the first answer, and ``max_bytes``, parameters and peak together. PlanError where none fits.
     ``plan.certificate`` says how many configurations there are, how many each bound ruled out, and whether the optimum
-    is proven; ``time_limit_s`` stops with the best found and the gap that is left.
+    is proven; ``time_limit_s`` (None: none) stops with the best found and the gap that is left.
 
     An exhaustive search spends the luck of its samples to the full: what it promises holds on the table alone. It knows
     neither ``smooth`` nor ``confidence_level``, which make the loss something that does not add up over samples, and

@@ -132,7 +132,7 @@ def search(
     max_macs: Annotated[float | None, typer.Option(help="Most MACs a sample.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Most milliseconds a sample.")] = None,
     max_bytes: Annotated[float | None, typer.Option(help="Most bytes, parameters and peak together.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds, then the best plan so far and the gap.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds, then the best plan so far and the gap.")] = 60.0,
     front: Annotated[bool, typer.Option("--front", help="Print the whole front of cost and quality; keeps no plan.")
                      ] = False,
     as_json: Json = False, debug: Debug = False,
