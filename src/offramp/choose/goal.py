@@ -69,7 +69,14 @@ class Ledger:
 
     @property
     def out_of_time(self) -> bool:
-        return self.time_limit_s is not None and self.seconds > self.time_limit_s
+        return self.spent > 1
+
+    @property
+    def spent(self) -> float:
+        """The share of the time limit that is gone; 0 without one."""
+        if self.time_limit_s is None:
+            return 0.0
+        return self.seconds / self.time_limit_s if self.time_limit_s > 0 else np.inf
 
     @property
     def seconds(self) -> float:
