@@ -129,6 +129,24 @@ class _Hunt:
             self.best, self.found = float(values[p]), tuple(int(c) for c in plans[p])
             self.ledger.tell(self.best)
 
+    def offer_singles(self) -> None:
+        """Every plan of one exit: sums over whole sets of samples, a column at a time."""
+        scene, space, costs = self.scene, self.space, self.space.table.costs
+        half = space.hit.shape[2]
+        at_end = scene.pay[-1].sum(axis=0)
+        for e in np.unique(scene.column):
+            ids = np.flatnonzero(scene.column == e)
+            sums = at_end + scene.inside[ids].astype(np.float64) @ (scene.pay[e] - scene.pay[-1])
+            reached = quality(sums[:, :half], sums[:, half:])
+            gone = self.size[ids] / self.samples
+            spent: dict[str, Any] = {unit: (body[e] + head[e]) * gone + (body[-1] + head[e]) * (1 - gone)
+                                     for unit, (body, head) in self.raw.items()}
+            for unit in ("param_bytes", "peak_bytes"):
+                spent[unit] = costs.price((int(e), space.exits), unit)
+            fits = np.where(self.goal.meets(reached, spent), self.goal.objective(reached, spent), np.inf)
+            if fits.min() < self.best:
+                self.offer(ids[[int(fits.argmin())]][:, None])
+
     @property
     def tie(self) -> float:
         return abs(self.best) * _TIE if np.isfinite(self.best) else 0.0
@@ -180,7 +198,7 @@ class _Hunt:
         self.offer(np.zeros((1, 0), np.int64))
         ledger.evaluated += 1
         if self.max_exits:
-            self.offer(np.arange(len(self.size))[:, None])
+            self.offer_singles()
             ledger.evaluated += len(self.size)
         at_end = self.scene.pay[-1].sum(axis=0, dtype=np.float64)
         self.price, self.near = 4.0, at_end
