@@ -211,7 +211,8 @@ class _Hunt:
                     for third in self.by_head(lists[2]) if m == 3 else (None,):
                         if len(lists[0]) and len(lists[1]) and (third is None or len(third)):
                             self.settle(_Cell((lists[0], lists[1], third), self.price, self.near))
-                self.run()  # two exits first: the best of them makes short work of many threes
+                # two exits first, for half the time at most: the best of them makes short work of many threes
+                self.run(0.5 if m < self.max_exits else 1.0)
 
     def by_head(self, ids: Ints) -> list[Ints]:
         """Candidates of one site, cut into those of a few heads of about equal cost."""
@@ -219,14 +220,17 @@ class _Hunt:
         heads = heads[np.argsort(self.scene.head[heads], kind="stable")]
         return [ids[np.isin(self.scene.column[ids], heads[k:k + _ALIKE])] for k in range(0, len(heads), _ALIKE)]
 
-    def run(self) -> None:
-        """Best first, until the lowest bound reaches the best plan, or the time is up."""
+    def run(self, until: float) -> None:
+        """Best first, until the lowest bound reaches the best plan, or so large a share of the time is gone."""
         while self.open:
             low, _, cell = heapq.heappop(self.open)
             if low >= self.best - self.tie:
                 self.ledger.cut("bound", cell.count)
                 continue
-            if self.ledger.out_of_time:
+            if self.ledger.spent > until:
+                heapq.heappush(self.open, (low, next(self.ticket), cell))
+                if until < 1:
+                    return
                 if np.isfinite(self.best):
                     self.ledger.gap = max(self.ledger.gap, (self.best - low) / (abs(self.best) or 1.0))
                 else:
