@@ -1,6 +1,7 @@
 """No plan of a cell beats the cell's bound, whatever the groups and the price: every plan beside it, one by one."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,3 +82,21 @@ def test_one_exit_and_a_price_of_nothing_is_no_bound_but_the_cost() -> None:
     assert set(found.plans[:, 0].tolist()) == {int(c) for c, cost in zip(ids, costs, strict=True)
                                                if cost <= np.median(costs)}
     assert found.near == (int(ids[int(np.argmin(costs))]),)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_plan_lies_in_the_box(seed: int) -> None:
+    scene, draw = scene_of(seed % 2), np.random.default_rng(seed)
+    # few heads a site, far apart: there the box of roles' means is the tighter one
+    picked = [np.sort(draw.choice(np.flatnonzero(scene.column // 3 == s), 6, replace=False)) for s in range(3)]
+    pay = scene.pay + draw.gamma(1.0, 40.0, scene.pay.shape)
+    scene = replace(scene, pay=pay)
+    low, high = bound._box(scene, tuple(bound._grouped(scene, one, 50) for one in picked))
+    for plan in itertools.product(*picked):
+        column = np.full(scene.inside.shape[1], len(scene.body) - 1)
+        for c in reversed(plan):
+            column[scene.inside[c]] = scene.column[c]
+        sums = scene.pay[column, np.arange(len(column))].sum(axis=0)
+        assert (low <= sums + 1e-6).all() and (sums <= high + 1e-6).all()
+    each = scene.pay[np.r_[np.unique(scene.column[np.concatenate(picked)]), len(scene.body) - 1]]
+    assert (low > each.min(axis=0).sum(axis=0) - 1e-6).all() and (high < each.max(axis=0).sum(axis=0) + 1e-6).all()
