@@ -7,7 +7,7 @@ frontier may be.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from offramp.errors import HeadError
 from offramp.nn.mess import MessHead
 from offramp.nn.reading import Layout, MapReading, goal_of, read_as_map, reads_of, to_vector
+from offramp.nn.specs import spec_data
 from offramp.types import LiveTensor, Task
 
 __all__ = ["ExitHead", "HeadSpec", "build", "check_pays", "default_spec", "fcn_spec", "head_macs", "residual_spec"]
@@ -72,13 +73,7 @@ class HeadSpec:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "HeadSpec":
         """The inverse of :meth:`to_json`; HeadError on another type, a future version or an unknown field."""
-        if record.get("type") != "HeadSpec" or record.get("version") != 1:
-            got = f"type {record.get('type')!r}, version {record.get('version')!r}"
-            raise HeadError(expected="a HeadSpec of version 1", got=got, where="HeadSpec.from_json()")
-        data, known = dict(record["data"]), {field.name for field in fields(cls)}
-        if unknown := set(data) - known:
-            todo = f"known are {sorted(known)}"
-            raise HeadError(expected="known fields", got=f"{sorted(unknown)}", where="HeadSpec.from_json()", todo=todo)
+        data = spec_data(record, cls)
         for name in ("convs", "blocks"):
             data[name] = tuple(tuple(item) for item in data.get(name, ()))
         data["linears"] = tuple(data.get("linears", ()))

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from offramp.errors import HeadError
 from offramp.graph import Traced
 from offramp.nn.reading import MapReading, read_as_map, reads_of
+from offramp.nn.specs import spec_data
 from offramp.types import ExitSite, LiveTensor
 
 __all__ = ["Inverted", "MessHead", "MessSpec", "blocks_before", "build_mess", "mess_space"]
@@ -71,13 +72,7 @@ class MessSpec:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "MessSpec":
         """The inverse of :meth:`to_json`; HeadError on another type, a future version or an unknown field."""
-        if record.get("type") != "MessSpec" or record.get("version") != 1:
-            got = f"type {record.get('type')!r}, version {record.get('version')!r}"
-            raise HeadError(expected="a MessSpec of version 1", got=got, where="MessSpec.from_json()")
-        try:
-            return cls(**record["data"])
-        except TypeError as error:
-            raise HeadError(expected="known fields", got=str(error), where="MessSpec.from_json()") from error
+        return cls(**spec_data(record, cls))
 
 
 def mess_space() -> dict[str, MessSpec]:

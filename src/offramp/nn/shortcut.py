@@ -18,6 +18,7 @@ from offramp.errors import HeadError
 from offramp.graph import Stage, Traced, begin
 from offramp.nn.heads import HeadSpec
 from offramp.nn.mess import MessSpec
+from offramp.nn.specs import spec_data
 from offramp.types import ExitSite
 
 __all__ = ["ShortcutHead", "ShortcutSpec", "build_shortcut", "spec_from_json"]
@@ -46,11 +47,9 @@ class ShortcutSpec:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "ShortcutSpec":
         """The inverse of :meth:`to_json`; HeadError on another type or a future version."""
-        if record.get("type") != "ShortcutSpec" or record.get("version") != 1:
-            got = f"type {record.get('type')!r}, version {record.get('version')!r}"
-            raise HeadError(expected="a ShortcutSpec of version 1", got=got, where="ShortcutSpec.from_json()")
-        keep = record["data"]["keep"]
-        return cls(keep=None if keep is None else tuple(keep), share=float(record["data"]["share"]))
+        data = spec_data(record, cls)
+        keep = data["keep"]
+        return cls(keep=None if keep is None else tuple(keep), share=float(data["share"]))
 
 
 def spec_from_json(record: Mapping[str, Any]) -> HeadSpec | ShortcutSpec | MessSpec:
