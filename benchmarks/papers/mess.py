@@ -36,7 +36,8 @@ def main() -> None:
     options.add_argument("--work", type=Path, default=Path("runs/mess"), help="weights, logs and tables")
     options.add_argument("--part", choices=sorted(PARTS), action="append", help="several may be given; all by default")
     options.add_argument("--backbones", nargs="+", default=["resnet18", "mobilenetv2_100"])
-    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--start-epochs", type=int, default=60, help="on CamVid of the network that all rows start from")
     options.add_argument("--epochs", type=int, default=12, help="of every end-to-end row")
     options.add_argument("--head-epochs", type=int, default=20, help="of every frozen row")
     options.add_argument("--space-epochs", type=int, default=6, help="of all heads of the space together")
@@ -52,7 +53,8 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="one seed, one epoch of everything, under another name")
     args = options.parse_args()
     if args.quick:
-        args.seeds, args.epochs, args.head_epochs, args.scenes, args.scene_epochs = 1, 1, 1, 16, 1
+        args.seeds, args.epochs, args.head_epochs, args.scenes, args.scene_epochs = [0], 1, 1, 16, 1
+        args.start_epochs, args.space_epochs = 1, 1
         args.backbones, args.views, args.work = args.backbones[:1], 1, args.work / "quick"
     torch.set_num_threads(args.threads)
     for part in args.part or PARTS:
@@ -63,7 +65,7 @@ def table5(args: argparse.Namespace, sheet: Sheet) -> None:
     """Two stages against end to end and frozen, the same iterations and heads for every row."""
     backbone = args.backbones[0]
     rows: dict[str, list[list[float]]] = {row: [] for row in PAPER5}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for row in ("final_only", "joint", "exit_aware"):
             net = first_stage(args, backbone, row, seed)
             rows[row].append(quality(args, net, f"{backbone}-{row}-seed{seed}"))
@@ -88,7 +90,7 @@ def table6(args: argparse.Namespace, sheet: Sheet) -> None:
     """What the heads learn from, on the exit-aware backbone: labels, and the final exit in three ways."""
     for backbone in args.backbones:
         rows: dict[str, list[list[float]]] = {loss: [] for loss in LOSSES}
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             for loss in LOSSES:
                 net = second_stage(args, backbone, "exit_aware", seed, loss)
                 rows[loss].append(quality(args, net, f"{backbone}-exit_aware-seed{seed}-{loss}-fcn"))
