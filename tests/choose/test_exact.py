@@ -18,7 +18,7 @@ from offramp.choose.space import lay_out, quality
 from offramp.errors import OfframpError, PlanError
 from offramp.functional.metrics import mean_iou
 from offramp.functional.pareto import front
-from offramp.table import ExitTable
+from offramp.table import ExitTable, Latency
 
 
 def plans_of(table: ExitTable, *, steps: int, pixel_steps: int, most: int,
@@ -141,6 +141,26 @@ def test_latency_and_a_limit_on_macs() -> None:
             late for (spent, got, _), (late, _, _) in zip(macs, times, strict=True)
             if spent <= most and got >= whole(macs) - 0.4 - 1e-12))
         assert plan.predicted["macs"] <= most
+
+
+@pytest.mark.parametrize("seed", [0, 5, 8])
+def test_latency_is_bounded_by_latency_beside_a_limit_on_macs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads whose times have nothing to do with their macs, and a bound that nothing helps."""
+    monkeypatch.setattr(branch._Hunt, "explore", lambda self: None)
+    monkeypatch.setattr(branch, "_EACH", 3)
+    table = mess_table(24, 3, 3, 3, pixels=128, skill=0.3, seed=seed)
+    body = tuple(macs / 1e6 for macs in table.costs.macs)
+    head = (*np.random.default_rng(seed).uniform(0, 30, len(body) - 1), 0.0)
+    times = Latency(device="cpu", engine="eager", dtype="float32", batch=1, backbone_p50_ms=body, backbone_p95_ms=body,
+                    head_p50_ms=head, head_p95_ms=head, dense_p50_ms=1.0, dense_p95_ms=1.0)
+    table = replace(table, costs=replace(table.costs, latency=(times,)))
+    macs, late = (plans_of(table, steps=4, pixel_steps=2, most=2, unit=unit) for unit in ("macs", "latency_ms"))
+    most = 0.6 * table.costs.macs[-1]
+    plan = search(table, minimise="latency_ms", max_drop=0.1, max_macs=most, steps=4, pixel_steps=2, max_exits=2)
+    assert plan.certificate["proven"] and plan.predicted["macs"] <= most
+    assert plan.predicted["latency_ms"] == pytest.approx(min(
+        spent_ms for (spent, got, _), (spent_ms, _, _) in zip(macs, late, strict=True)
+        if spent <= most and got >= whole(macs) - 0.1 - 1e-12))
 
 
 def test_the_best_of_several_confidences() -> None:

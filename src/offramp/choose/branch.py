@@ -61,7 +61,8 @@ class _Hunt:
         self.best = known
         self.found: tuple[int, ...] | None = None
         costs = space.table.costs
-        self.unit = goal.units[0] if goal.units else None
+        # bounds know one additive cost: the objective's own where it is one
+        self.unit = next((u for u in goal.units if u == goal.minimise), goal.units[0] if goal.units else None)
         self.raw: dict[str, tuple[Floats, Floats]] = {}
         for unit in goal.units:
             whole = float(costs.path([space.exits], unit, batch=goal.batch)[0])
@@ -173,6 +174,7 @@ class _Hunt:
         if self.goal.minimise == "drop":
             budget, asked = terms
             return -(asked + (budget - bounds.low) / worth) if worth else -1.0
+        assert self.goal.minimise in ("param_bytes", "peak_bytes")
         return self.least_bytes(bounds.lists)
 
     def least_bytes(self, lists: Lists) -> float:
