@@ -12,8 +12,8 @@ GROUND = {"types", "errors", "_extras", "_specs"}
 BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the ground floor and itself
     "types": set(), "errors": set(), "_extras": set(), "_specs": set(),
     # the evidence wing: tensors and numbers, never an nn.Module
-    "functional": set(), "table": set(), "choose": {"functional", "table"},
-    "report": {"functional", "table", "choose", "cost"},
+    "functional": set(), "table": set(), "policies": {"functional", "table"},
+    "choose": {"functional", "table", "policies"}, "report": {"functional", "table", "policies", "choose", "cost"},
     # the model wing
     "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": set(), "models": set(),
     "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},
@@ -21,8 +21,8 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "record": {"nn", "cost", "table", "functional", "data"},
     "layer_cascade": {"nn", "cost", "functional", "graph"},
     # a deployed network as files: what the runtime runs, with the plan that it obeys
-    "deployed": {"runtime", "nn", "choose", "table"},
-    "testing": {"functional", "table", "choose", "nn", "runtime"},
+    "deployed": {"runtime", "nn", "policies", "choose", "table"},
+    "testing": {"functional", "table", "policies", "choose", "nn", "runtime"},
 }
 ROOF = {"__init__", "__main__", "cli"}  # may import everything
 

@@ -19,7 +19,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from offramp.choose.calibrate import calibrate
     from offramp.choose.plan import load_plan, save_plan
-    from offramp.choose.policies import Thresholds
     from offramp.choose.replay import replay
     from offramp.choose.search import search
     from offramp.data import load_data
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from offramp.nn.multiexit import MultiExit
     from offramp.nn.shortcut import ShortcutSpec
     from offramp.nn.tune import tune_
+    from offramp.policies.thresholds import Thresholds
     from offramp.record import record
     from offramp.runtime import Adaptive, deploy
     from offramp.runtime.bench import bench
@@ -48,7 +48,7 @@ _FROM = {
     "Latency": "offramp.table", "MessSpec": "offramp.nn.mess", "MultiExit": "offramp.nn.multiexit",
     "OfframpError": "offramp.errors", "Plan": "offramp.types", "Policy": "offramp.types",
     "Recipe": "offramp.train.recipe",
-    "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.choose.policies",
+    "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.policies.thresholds",
     "attach": "offramp.nn.attach", "bench": "offramp.runtime.bench", "calibrate": "offramp.choose.calibrate",
     "deploy": "offramp.runtime", "fit": "offramp.train.loop",
     "load_data": "offramp.data", "load_deployed": "offramp.deployed", "load_model": "offramp.models",

@@ -1,6 +1,6 @@
 """Contract suites that a stranger's class can inherit: subclass one, say how to make yours, and let pytest collect it.
 
->>> from offramp.choose.policies import Thresholds
+>>> from offramp.policies.thresholds import Thresholds
 >>> class TestMine(PolicyContract):
 ...     def policy(self):
 ...         return Thresholds(thresholds=(0.5, 0.8))

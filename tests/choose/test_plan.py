@@ -8,10 +8,10 @@ import torch
 
 from choose.synthetic import classify, dense
 from offramp.choose.plan import load_plan, save_plan
-from offramp.choose.policies import Thresholds
 from offramp.choose.replay import replay
 from offramp.choose.search import search
 from offramp.errors import FileFormatError, OfframpError
+from offramp.policies.thresholds import Thresholds
 from offramp.types import Evidence, Plan
 
 

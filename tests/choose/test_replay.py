@@ -9,9 +9,9 @@ from sklearn.metrics import jaccard_score
 from choose.synthetic import classify, dense, pixels
 from offramp.choose import replay as replay_module
 from offramp.choose.categories import categories, curve, score
-from offramp.choose.policies import Thresholds
 from offramp.choose.replay import replay
 from offramp.errors import OfframpError, PlanError
+from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
 from offramp.types import Evidence, Plan
 

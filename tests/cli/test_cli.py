@@ -12,9 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from offramp.choose.plan import load_plan, save_plan
-from offramp.choose.policies import Thresholds
 from offramp.cli import app
 from offramp.models import load_model
+from offramp.policies.thresholds import Thresholds
 from offramp.types import Plan
 
 DATA = "scenes?n=8&size=32x48&task=classify"

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from cli.test_cli import call, one_thread, refused  # noqa: F401
 from offramp.choose.plan import load_plan, save_plan
-from offramp.choose.policies import Thresholds
 from offramp.cli.folder import Run
 from offramp.cli.predict import images_of
 from offramp.data.camvid import CAMVID_PALETTE
 from offramp.models import load_model
+from offramp.policies.thresholds import Thresholds
 
 SETTINGS = ("budgeted", "anytime", "input_dependent")
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.choose.policies import Thresholds
 from offramp.choose.search import search
+from offramp.policies.thresholds import Thresholds
 from offramp.report import DenseExample, gather, render
 from offramp.report.curve import Curve, Point
 from offramp.report.dense import goals

@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.metrics import jaccard_score
 
-from offramp.choose.policies import Thresholds
 from offramp.choose.replay import replay
 from offramp.choose.search import search
+from offramp.policies.thresholds import Thresholds
 from offramp.report.curve import Curve, Point, curve, static_at
 from offramp.report.measures import categories, hit_rates, quality_of, reliability, scores_of
 from offramp.types import Plan

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.choose.policies import Thresholds
 from offramp.choose.replay import Replay, replay
 from offramp.errors import PlanError
 from offramp.functional.metrics import mean_iou
+from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
 from offramp.types import Plan
 

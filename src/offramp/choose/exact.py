@@ -8,12 +8,12 @@ import numpy as np
 
 from offramp.choose.branch import solve
 from offramp.choose.goal import Goal, Ledger, Progress
-from offramp.choose.policies import Thresholds
 from offramp.choose.replay import replay
 from offramp.choose.settings import anytime, budgeted
 from offramp.choose.space import Space, lay_out, payload, quality
 from offramp.errors import PlanError
 from offramp.functional.pareto import front
+from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
 from offramp.types import Plan, Setting
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from offramp.choose.policies import Thresholds
 from offramp.errors import FileFormatError, OfframpError
+from offramp.policies.thresholds import Thresholds
 from offramp.table import write_atomic
 from offramp.table.files import read_json
 from offramp.types import Plan, Policy

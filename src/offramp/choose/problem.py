@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.choose.policies import Thresholds
 from offramp.choose.smooth import expected, expected_counts
 from offramp.errors import PlanError
 from offramp.functional.metrics import mean_iou
+from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable, Unit
 
 __all__ = ["Choice", "Problem", "pose", "tally", "thresholds_between"]

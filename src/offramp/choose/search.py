@@ -10,11 +10,11 @@ import numpy as np
 from offramp.choose.exact import Ask, exact, exact_front
 from offramp.choose.goal import Goal, Minimise, Progress
 from offramp.choose.joint import best_joint, count_subsets, subsets
-from offramp.choose.policies import Thresholds
 from offramp.choose.problem import Choice, Problem, pose, tally
 from offramp.choose.replay import replay
 from offramp.choose.space import payload, quality
 from offramp.errors import OfframpError
+from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable, Unit
 from offramp.types import Plan, Setting
 

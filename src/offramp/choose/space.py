@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.choose.policies import Thresholds
 from offramp.choose.problem import thresholds_between
 from offramp.errors import OfframpError, PlanError
+from offramp.functional.edges import EDGE_LEVELS
+from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
-from offramp.types import HISTOGRAM_BINS
+from offramp.types import EDGED, HISTOGRAM_BINS
 
 __all__ = ["Leavers", "Space", "lay_out", "payload", "quality"]
 
@@ -52,11 +53,6 @@ class Space:
     @property
     def exits(self) -> int:
         return len(self.site)
-
-    def quality_of(self, column: NDArray[np.int64]) -> float:
-        """Of the mixture where sample n is answered by ``column[n]``."""
-        rows = np.arange(len(column))
-        return float(quality(self.hit[rows, column].sum(axis=0), self.union[rows, column].sum(axis=0)))
 
     def policy(self, chosen: Sequence[tuple[int, float, float | None]]) -> Thresholds:
         """(column, threshold, pixel threshold) of each exit."""
@@ -121,7 +117,8 @@ def _leavers(table: ExitTable, e: int, confidence: str, steps: int, pixel_steps:
     if table.task == "dense":
         counts = table.histograms[confidence][:, e].numpy().astype(np.int64)
         above = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
-        edges = _edges(above.sum(axis=0), pixel_steps)
+        grain = HISTOGRAM_BINS // EDGE_LEVELS if confidence in EDGED else 1
+        edges = _edges(above.sum(axis=0)[::grain], pixel_steps) * grain
         pixels = [float(edge) / HISTOGRAM_BINS for edge in edges]
         scores = above[:, edges] / above[:, :1]
     else:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from offramp.choose.categories import categories as exit_categories
 from offramp.choose.categories import curve as exit_curve
-from offramp.choose.policies import Thresholds
 from offramp.functional.metrics import iou, mean_iou
+from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
 from offramp.types import Plan
 

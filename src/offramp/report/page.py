@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from offramp.choose.calibrate import calibrate
-from offramp.choose.policies import Thresholds
 from offramp.choose.replay import Replay, replay
 from offramp.errors import OfframpError
+from offramp.policies.thresholds import Thresholds
 from offramp.report.curve import TOLERANCES, Curve, Point, curve, static_at
 from offramp.report.dense import class_table, gallery
 from offramp.report.draw import draw_categories, draw_curve, draw_hit_rate, draw_reliability, draw_shares

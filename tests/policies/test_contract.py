@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.choose.policies import Thresholds
+from offramp.policies.thresholds import Thresholds
 from offramp.testing import PolicyContract
 from offramp.types import Evidence, Policy
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from choose.synthetic import classify, dense, pixels
-from offramp.choose.policies import Thresholds, checked
 from offramp.errors import DataError, OfframpError
 from offramp.functional.confidence import top
+from offramp.policies.thresholds import Thresholds, checked
 from offramp.types import Evidence, Policy
 
 
