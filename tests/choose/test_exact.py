@@ -16,9 +16,11 @@ from offramp.choose.search import search, search_front
 from offramp.choose.settings import anytime
 from offramp.choose.space import lay_out, quality
 from offramp.errors import OfframpError, PlanError
+from offramp.functional.edges import EDGE_LEVELS
 from offramp.functional.metrics import mean_iou
 from offramp.functional.pareto import front
 from offramp.table import ExitTable, Latency
+from offramp.types import EDGED
 
 
 def plans_of(table: ExitTable, *, steps: int, pixel_steps: int, most: int,
@@ -171,6 +173,22 @@ def test_the_best_of_several_confidences() -> None:
     both = search(table, confidence=("top", "entropy"), steps=4, pixel_steps=2)
     assert both.predicted["macs"] == min(one.predicted["macs"] for one in alone)
     assert both.certificate["configurations"] == sum(one.certificate["configurations"] for one in alone)
+
+
+@pytest.mark.parametrize("name", EDGED)
+def test_confidences_across_edges_have_coarser_pixel_thresholds(name: str) -> None:
+    table = mess_table(16, 2, 2, 3, pixels=128, skill=0.3, seed=5)
+    told = table.histograms["top"]
+    table = replace(table, histograms={**table.histograms, name: told})
+    plan = search(table, confidence=name, steps=4, pixel_steps=3)
+    assert plan.exits and plan.certificate["proven"]
+    space = lay_out(table, against="labels", confidence=name, steps=4, pixel_steps=3)
+    for e, one in enumerate(space.leavers):
+        cells = told[:, e].sum(dim=0).reshape(EDGE_LEVELS, -1).sum(dim=1).tolist()
+        # the highest level that so many of all pixels reach
+        wanted = {max(level for level in range(EDGE_LEVELS) if sum(cells[level:]) >= k / 4 * sum(cells))
+                  for k in (1, 2, 3)}
+        assert {pixel * EDGE_LEVELS for pixel in one.pixel if pixel is not None} <= wanted | {1}
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------
