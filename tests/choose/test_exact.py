@@ -9,7 +9,7 @@ import pytest
 
 from choose.mess_tables import mess_table
 from choose.synthetic import classify, dense
-from offramp.choose import branch
+from offramp.choose import branch, exact
 from offramp.choose.goal import Goal, Ledger
 from offramp.choose.replay import replay
 from offramp.choose.search import search, search_front
@@ -132,6 +132,16 @@ def test_front_is_brute_forces() -> None:
     kept = front([macs for macs, _, _ in plans], [got for _, got, _ in plans])
     assert [(one.predicted["macs"], one.predicted["quality"]) for one in found] == [
         pytest.approx(plans[k][:2], rel=1e-9) for k in kept]
+
+
+def test_a_front_lays_its_space_out_once_and_tells_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = mess_table(10, 2, 2, 3, pixels=128, skill=0.3, seed=1)
+    table = replace(table, histograms={"top": table.histograms["top"]})
+    laid = []
+    monkeypatch.setattr(exact, "lay_out", lambda *a, **more: laid.append(more["confidence"]) or lay_out(*a, **more))
+    assert len(search_front(table, steps=3, pixel_steps=2, max_exits=1)) > 1 and laid == ["top"]
+    with pytest.raises(PlanError, match="'margin'"):
+        search_front(table, confidence="margin", steps=3, pixel_steps=2)
 
 
 def test_latency_and_a_limit_on_macs() -> None:

@@ -45,15 +45,10 @@ def exact(table: ExitTable, ask: Ask) -> Plan:
         if not found:
             raise _nothing(ask, table)
         return _static_plan(table, ask, found[0][0], ledger)
-    best: tuple[float, Plan] | None = None
-    for name in ask.confidences:
-        space = _space(table, ask, name)
-        outcome = solve(space, ask.goal, ledger, max_exits=ask.max_exits, known=np.inf if best is None else best[0])
-        if outcome is not None and (best is None or outcome[0] < best[0]):
-            best = (outcome[0], _threshold_plan(space, ask, outcome[1]))
-    if best is None:
+    plan = _best(table, ask, _spaces(table, ask), ledger)
+    if plan is None:
         raise _nothing(ask, table, ledger)
-    return _finished(table, ask, best[1], ledger, list(ask.confidences))
+    return plan
 
 
 def exact_front(table: ExitTable, ask: Ask) -> list[Plan]:
@@ -69,11 +64,11 @@ def exact_front(table: ExitTable, ask: Ask) -> list[Plan]:
         return [_static_plan(table, ask, found[k][0], ledger) for k in chosen]
     plans: list[Plan] = []
     ledger = Ledger(time_limit_s=ask.time_limit_s)
+    spaces = _spaces(table, ask)
     while not ledger.out_of_time:
         left = None if ask.time_limit_s is None else max(ask.time_limit_s - ledger.seconds, 0.0)
-        try:
-            plan = exact(table, replace(ask, time_limit_s=left))
-        except PlanError:
+        plan = _best(table, ask, spaces, Ledger(time_limit_s=left, progress=ask.progress))
+        if plan is None:
             break
         plans.append(plan)
         reached = _quality_asked(plan)
@@ -93,9 +88,20 @@ def _quality_asked(plan: Plan) -> float:
     return float(plan.predicted["quality_asked"])
 
 
-def _space(table: ExitTable, ask: Ask, confidence: str) -> Space:
-    return lay_out(table, against=ask.against, confidence=confidence, steps=ask.steps, pixel_steps=ask.pixel_steps,
-                   temperatures=ask.temperatures)
+def _spaces(table: ExitTable, ask: Ask) -> list[Space]:
+    """One a confidence; faults of what was asked are raised here."""
+    return [lay_out(table, against=ask.against, confidence=name, steps=ask.steps, pixel_steps=ask.pixel_steps,
+                    temperatures=ask.temperatures) for name in ask.confidences]
+
+
+def _best(table: ExitTable, ask: Ask, spaces: Sequence[Space], ledger: Ledger) -> Plan | None:
+    """The best plan of all confidences; None where none keeps the constraints, or none was found in time."""
+    best: tuple[float, Plan] | None = None
+    for space in spaces:
+        outcome = solve(space, ask.goal, ledger, max_exits=ask.max_exits, known=np.inf if best is None else best[0])
+        if outcome is not None and (best is None or outcome[0] < best[0]):
+            best = (outcome[0], _threshold_plan(space, ask, outcome[1]))
+    return None if best is None else _finished(table, ask, best[1], ledger, list(ask.confidences))
 
 
 def _static(table: ExitTable, ask: Ask, ledger: Ledger) -> list[tuple[tuple[int, ...], float, float]]:
