@@ -89,12 +89,12 @@ def test_labels_are_cached_with_the_features() -> None:
         assert torch.allclose(tensor.float(), weights(nets[1])[name].float(), atol=0.01), name
 
 
-def prepared(net: Any, recipe: Any) -> tuple[Pass, Pass]:
+def prepared(net: Any, recipe: Any, steps: int = 1) -> tuple[Pass, Pass]:
     """One head after another, and all in one graph."""
     net.train()
     net.backbone.eval().requires_grad_(False)
     exits, accelerator = Exits(net, heads_alone=False, stride=recipe.loss_stride), Accelerator(cpu=True)
-    apart, whole = (Pass(net, recipe, exits, exits, accelerator) for _ in range(2))
+    apart, whole = (Pass(net, recipe, exits, exits, accelerator, steps) for _ in range(2))
     assert apart.one_by_one
     whole.one_by_one = False
     return apart, whole
@@ -104,6 +104,35 @@ def gradients(net: nn.Module) -> dict[str, Any]:
     found = {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
     return found
+
+
+def test_eenet_weighs_by_depth_and_distils_in_the_last_quarter() -> None:
+    net = make(PLAIN)
+    data = labelled(8)
+    batch = Batch(args=(data.tensors[0],), labels=data.tensors[1])
+    recipe = recipes.eenet(3, epochs=1, freeze=True)
+    assert recipe.weights == (1 / 12, 2 / 12) and recipes.eenet(3).weights == (1 / 12, 2 / 12, 3 / 12)
+    apart, whole = prepared(net, recipe, steps=4)
+    with torch.no_grad():
+        teacher = net.backbone(data.tensors[0])
+    for step, distill in ((2, 0.0), (3, 0.01)):
+        heads = Exits(net, heads_alone=False)
+        frontiers, _ = heads.frontiers(batch)
+        loss = torch.zeros(())
+        for e, weight in enumerate(recipe.weights):
+            logits = heads.head(e, frontiers[heads.sites[e]])
+            said, taught = (logits / 3).softmax(1), (teacher / 3).softmax(1)
+            loss = loss + weight * F.cross_entropy(logits, data.tensors[1]) \
+                + distill * 9 * (taught * (taught / said).log()).sum(1).mean()
+        loss.backward()
+        wanted = gradients(net)
+        for one in (apart, whole):
+            one(batch, step, 8, 1.0)
+            for name, grad in gradients(net).items():
+                assert (grad is None) == (wanted[name] is None) == name.startswith("backbone")
+                assert grad is None or torch.allclose(grad, wanted[name], atol=1e-6), (step, name)
+    with pytest.raises(ValueError, match="distill=0 beside the kd loss"):
+        replace(recipe, loss="kd")
 
 
 def test_head_by_head_is_all_at_once() -> None:

@@ -185,11 +185,11 @@ class _Run:
         # Batches come in two sizes, the last one of an epoch being smaller: two static graphs beat one dynamic.
         whole = torch.compile(exits, dynamic=False) if self.engine == "compile" else exits
         self.model, self.optimiser = self.accelerator.prepare(whole, optimiser)
-        self.forward_backward = Pass(self.net, recipe, exits, self.model, self.accelerator)
         self.mean = {n: p.detach().clone() for n, p in parameters.items()} if recipe.ema else {}
         self.sums = torch.zeros(len(self.columns), 6, dtype=torch.float64)
         self.steps_an_epoch = source.steps(self.accumulate)
         self.steps = self.steps_an_epoch * recipe.epochs
+        self.forward_backward = Pass(self.net, recipe, exits, self.model, self.accelerator, self.steps)
         self.identity |= {"steps": self.steps, "cached": isinstance(source, Features)}
 
     def resume(self) -> None:

@@ -37,6 +37,10 @@ class Recipe:
     """Softens both sides of the teacher loss; confidences are calibrated best near 1."""
     alpha: float = 0.5
     """Share of the labels in ``kd`` and ``pfd``; the teacher has the rest."""
+    distill: float = 0.0
+    """Beside ``labels``: so many times T^2 KL from the final exit, as it stands, to each early one (EENet, 3.1)."""
+    distill_from: float = 0.75
+    """The share of all steps after which that begins."""
     weights: tuple[float, ...] | None = None
     """One weight for each column in order of depth, the final one included unless ``freeze``; None gives each exit 1.
     What weighs 0 is neither trained nor computed."""
@@ -84,6 +88,10 @@ class Recipe:
             f"dropout round_robin, printed, all or None, not {self.dropout!r}":
                 self.dropout in (None, "round_robin", "printed", "all"),
             "freeze=False for dropout='all', which leaves the final exit": not (self.freeze and self.dropout == "all"),
+            f"distill >= 0, not {self.distill}": self.distill >= 0,
+            f"distill=0 beside the {self.loss} loss, which has a teacher of its own":
+                self.distill == 0 or self.loss == "labels",
+            f"distill_from in [0, 1], not {self.distill_from}": 0 <= self.distill_from <= 1,
             f"loss_stride >= 1, not {self.loss_stride}": self.loss_stride >= 1,
             f"weights >= 0 with one above, not {self.weights}":
                 self.weights is None or (all(w >= 0 for w in self.weights) and any(self.weights)),
@@ -132,6 +140,14 @@ class Recipe:
                 return ()
             case _:
                 return tuple(range(early))
+
+    def distill_at(self, step: int, steps: int) -> float:
+        """What the final exit's answer weighs in a step in [0, steps).
+
+        >>> [Recipe(loss="labels", epochs=1, distill=0.5).distill_at(step, 4) for step in range(4)]
+        [0.0, 0.0, 0.0, 0.5]
+        """
+        return self.distill if step >= self.distill_from * steps else 0.0
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of a step in [0, steps).

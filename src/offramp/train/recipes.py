@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from offramp.train.augment import scale_crop_flip
 from offramp.train.recipe import Augment, AugmentPair, Recipe
 
-__all__ = ["exit_aware", "final_only", "flip", "flip_shift", "frozen", "joint", "kd", "label_free", "mess",
+__all__ = ["eenet", "exit_aware", "final_only", "flip", "flip_shift", "frozen", "joint", "kd", "label_free", "mess",
            "scale_crop_flip", "self_distill"]
 
 
@@ -48,6 +48,22 @@ def joint(
         augment=augment, augment_pair=augment_pair, loss_stride=loss_stride,
         weights=None if weights is None else tuple(weights), seed=seed,
     )
+
+
+def eenet(
+    exits: int, *, epochs: int = 30, lr: float = 0.01, distill: float = 0.01, temperature: float = 3.0,
+    freeze: bool = False, **how: Any,
+) -> Recipe:
+    """EENet's training (section 3.1): deeper exits weigh more, and in the last quarter they teach the earlier ones.
+
+    Of K = ``exits`` exits, the final one included, exit j weighs j / (K (K + 1)); from 3/4 of all steps on, each early
+    one also has ``distill`` T^2 KL(final || exit). ``freeze`` trains the heads alone, on the network as it is. ``how``
+    is that of :func:`joint`. The text names neither the weights nor T; ours are those of its public code. It trains
+    from nothing by Adam; ours starts from a trained network and takes SGD, as :func:`joint` does.
+    """
+    weights = tuple(j / (exits * (exits + 1)) for j in range(1, exits + 1 - freeze))
+    made = joint(epochs=epochs, lr=lr, weights=weights, **how)
+    return replace(made, distill=distill, temperature=temperature, freeze=freeze)
 
 
 def exit_aware(

@@ -96,7 +96,9 @@ class _Goal:
 class Pass:
     """Forward and backward of the columns whose turn it is."""
 
-    def __init__(self, net: "MultiExit", recipe: Recipe, exits: Exits, model: nn.Module, accelerator: Any) -> None:
+    def __init__(self, net: "MultiExit", recipe: Recipe, exits: Exits, model: nn.Module, accelerator: Any,
+                 steps: int) -> None:
+        self.steps = steps
         self.recipe, self.exits, self.model, self.accelerator = recipe, exits, model, accelerator
         self.columns = trained(net, recipe)
         weights = recipe.weights or (1.0,) * len(net.columns)
@@ -114,12 +116,16 @@ class Pass:
         place = {c: k for k, c in enumerate(self.columns)}
         sums: dict[int, Tensor] = {}
         every = max(1, -(-len(turn) // LOOKED_AT))
+        distill = self.recipe.distill_at(step, self.steps)
 
         def weigh(column: int, logits: Tensor, goal: _Goal) -> Tensor:
             logits = goal.resized(logits)
             loss = goal.loss(logits)
             sums[place[column]] = _said(logits, loss, goal, rows, look=(step + column) % every == 0)
-            return loss * (self.weights[column] * scale)
+            loss = loss * self.weights[column]
+            if distill and column != self.final:
+                loss = loss + distill * kl_to_teacher(logits, goal.teacher, self.recipe.temperature)
+            return loss * scale
 
         if self.one_by_one:
             with self.accelerator.autocast():
