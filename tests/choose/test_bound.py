@@ -11,7 +11,8 @@ from offramp.choose import bound
 from offramp.choose.bound import Lists, Scene, filter_lists
 from offramp.choose.branch import _Hunt
 from offramp.choose.goal import Goal, Ledger
-from offramp.choose.space import lay_out, quality
+from offramp.choose.space import lay_out
+from offramp.table.payload import quality
 
 
 def scene_of(seed: int) -> Scene:

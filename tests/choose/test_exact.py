@@ -12,14 +12,15 @@ from choose.synthetic import classify, dense
 from offramp.choose import branch, exact
 from offramp.choose.goal import Goal, Ledger
 from offramp.choose.replay import replay
-from offramp.choose.search import search, search_front
+from offramp.choose.search import PIXEL_THRESHOLDS, search, search_front
 from offramp.choose.settings import anytime
-from offramp.choose.space import lay_out, quality
+from offramp.choose.space import lay_out
 from offramp.errors import OfframpError, PlanError
 from offramp.functional.edges import EDGE_LEVELS
 from offramp.functional.metrics import mean_iou
 from offramp.functional.pareto import front
 from offramp.table import ExitTable, Latency
+from offramp.table.payload import quality
 from offramp.types import EDGED
 
 
@@ -319,8 +320,19 @@ def test_refuses_what_an_exhaustive_search_cannot_do() -> None:
     ):
         with pytest.raises(OfframpError, match=told):
             search(table, **wrong)  # type: ignore[arg-type]
+    for idle in ({"pixel_steps": 3}, {"time_limit_s": 5.0}, {"time_limit_s": 5.0, "tolerance": "halving"}):
+        with pytest.raises(OfframpError, match=r"for tolerance .*set tolerance='exact'"):
+            search(classify(9, 2, 3), **idle)  # type: ignore[arg-type]
     with pytest.raises(OfframpError, match="min_miou"):
         search(classify(9, 2, 3), min_miou=0.5)
+
+
+def test_a_search_that_is_not_exhaustive_tells_how_far_it_is() -> None:
+    for table, parts in ((classify(30, 2, 3), 1), (dense(20, 2, 3), len(PIXEL_THRESHOLDS))):
+        told: list[tuple[float, float]] = []
+        plan = search(table, tolerance="joint", progress=lambda *one, told=told: told.append(one))  # type: ignore[misc]
+        assert [share for share, _ in told] == [pytest.approx((k + 1) / parts) for k in range(parts)]
+        assert told[-1][1] == pytest.approx(plan.predicted["macs"])
 
 
 def test_dense_tables_with_one_head_a_site_are_searched_as_before() -> None:

@@ -28,6 +28,15 @@ def test_latency_is_a_samples_share_of_its_batch() -> None:
         costs.path([2], "flops")  # type: ignore[arg-type]
 
 
+def test_parts_are_what_paths_are_made_of() -> None:
+    costs = costs_of(2)
+    assert [part.tolist() for part in costs.parts()] == [list(costs.macs), list(costs.head_macs)]
+    many = costs.at(batch=32)
+    body, head = costs.parts("latency_ms", batch=32)
+    assert body.tolist() == [one / 32 for one in many.backbone_p50_ms]
+    assert head.tolist() == [one / 32 for one in many.head_p50_ms]
+
+
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(OfframpError, match="head_macs has 1 values; peak_bytes has 3 values"):
         Costs(macs=(1, 2), head_macs=(1,), param_bytes=(1, 2), head_param_bytes=(1, 2), peak_bytes=(1, 2, 3))

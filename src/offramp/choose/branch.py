@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from offramp.choose.bound import Bounds, Lists, Scene, filter_lists
 from offramp.choose.goal import Goal, Ledger
-from offramp.choose.space import Space, quality
+from offramp.choose.space import Space
+from offramp.table.payload import quality
 
 __all__ = ["solve"]
 
@@ -63,13 +64,7 @@ class _Hunt:
         costs = space.table.costs
         # bounds know one additive cost: the objective's own where it is one
         self.unit = next((u for u in goal.units if u == goal.minimise), goal.units[0] if goal.units else None)
-        self.raw: dict[str, tuple[Floats, Floats]] = {}
-        for unit in goal.units:
-            whole = float(costs.path([space.exits], unit, batch=goal.batch)[0])
-            pairs = np.array([costs.path([e, space.exits], unit, batch=goal.batch) for e in range(space.exits)])
-            pairs = pairs.reshape(-1, 2)
-            extra = np.append(pairs[:, 1] - whole, 0.0)
-            self.raw[unit] = (np.append(pairs[:, 0], whole) - extra, extra)
+        self.raw: dict[str, tuple[Floats, Floats]] = {unit: costs.parts(unit, batch=goal.batch) for unit in goal.units}
         body, head = self.raw.get(str(self.unit), (np.ones(space.exits + 1), np.zeros(space.exits + 1)))
         self.scale = float(body[-1]) or 1.0
         orders = [np.argsort(one.inside.sum(axis=1), kind="stable") for one in space.leavers]
@@ -216,10 +211,15 @@ class _Hunt:
                 # two exits first, for half the time at most: the best of them makes short work of many threes
                 self.run(0.5 if m < self.max_exits else 1.0)
 
+    def heads(self, ids: Ints) -> Ints:
+        """The columns of some candidates, the one with the cheapest head first."""
+        columns = np.unique(self.scene.column[ids])
+        cheapest: Ints = columns[np.argsort(self.scene.head[columns], kind="stable")]
+        return cheapest
+
     def by_head(self, ids: Ints) -> list[Ints]:
         """Candidates of one site, cut into those of a few heads of about equal cost."""
-        heads = np.unique(self.scene.column[ids])
-        heads = heads[np.argsort(self.scene.head[heads], kind="stable")]
+        heads = self.heads(ids)
         return [ids[np.isin(self.scene.column[ids], heads[k:k + _ALIKE])] for k in range(0, len(heads), _ALIKE)]
 
     def run(self, until: float) -> None:
@@ -250,7 +250,6 @@ class _Hunt:
             least = -1.0 if self.goal.minimise == "drop" else 0.0
             heapq.heappush(self.open, (max(known, least), next(self.ticket), cell))
             return
-        widest = max(len(one) for one in cell.lists if one is not None)
         budget, asked = terms
         lists, prices, floors = cell.lists, (cell.price, cell.price * cell.steer), []
         for worth in prices if np.isfinite(asked) and self.of_cost else (cell.price,):
@@ -313,8 +312,7 @@ class _Hunt:
         elif along == "middle":
             upper = np.arange(len(whole)) >= len(whole) // 2
         else:
-            heads = np.unique(self.scene.column[whole])
-            heads = heads[np.argsort(self.scene.head[heads], kind="stable")]
+            heads = self.heads(whole)
             upper = np.isin(self.scene.column[whole], heads[len(heads) // 2:])
         return [
             _Cell((part if which == 0 else cell.lists[0], part if which == 1 else cell.lists[1],

@@ -10,11 +10,12 @@ from offramp.choose.branch import solve
 from offramp.choose.goal import Goal, Ledger, Progress
 from offramp.choose.replay import replay
 from offramp.choose.settings import anytime, budgeted
-from offramp.choose.space import Space, lay_out, payload, quality
+from offramp.choose.space import Space, lay_out
 from offramp.errors import PlanError
 from offramp.functional.pareto import front
 from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
+from offramp.table.payload import payload, quality
 from offramp.types import Plan, Setting
 
 __all__ = ["Ask", "exact", "exact_front"]

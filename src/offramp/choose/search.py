@@ -12,16 +12,17 @@ from offramp.choose.goal import Goal, Minimise, Progress
 from offramp.choose.joint import best_joint, count_subsets, subsets
 from offramp.choose.problem import Choice, Problem, pose, tally
 from offramp.choose.replay import replay
-from offramp.choose.space import payload, quality
 from offramp.errors import OfframpError
 from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable, Unit
+from offramp.table.payload import payload, quality
 from offramp.types import Plan, Setting
 
 __all__ = ["search", "search_front"]
 
 Tolerance = Literal["joint", "halving", "even", "exact"]
 _ALL_SUBSETS = 4096  # up to here the paper's search over all subsets is made; a run of one takes half a millisecond
+_PIXEL_STEPS, _LIMIT_S = 20, 60.0
 PIXEL_THRESHOLDS = (None, 0.5, 0.75, 0.875, 0.9375)
 
 
@@ -31,8 +32,8 @@ def search(
     against: Literal["auto", "labels", "backbone"] = "auto", batch: int = 1, steps: int | None = None,
     temperatures: Sequence[float] | None = None, smooth: bool | None = None, confidence_level: float | None = None,
     setting: Setting = "input_dependent", min_miou: float | None = None, max_macs: float | None = None,
-    max_latency_ms: float | None = None, max_bytes: float | None = None, pixel_steps: int = 20,
-    time_limit_s: float | None = 60.0, progress: Progress | None = None,
+    max_latency_ms: float | None = None, max_bytes: float | None = None, pixel_steps: int = _PIXEL_STEPS,
+    time_limit_s: float | None = _LIMIT_S, progress: Progress | None = None,
 ) -> Plan:
     """The cheapest plan on this table that loses at most ``max_drop`` (a fraction: 0.01 is one point) to the backbone.
 
@@ -86,7 +87,8 @@ def search(
     exits = len(table.columns) - 1
     fitted = tuple(temperatures) if temperatures is not None else (1.0,) * exits
     best: _Found | None = None
-    for pixel in PIXEL_THRESHOLDS if table.task == "dense" else (None,):
+    pixels = PIXEL_THRESHOLDS if table.task == "dense" else (None,)
+    for done, pixel in enumerate(pixels, 1):
         policy = Thresholds(
             confidence=confidence, thresholds=(None,) * exits,
             temperatures=fitted if table.task == "classify" else (),
@@ -99,6 +101,8 @@ def search(
         _, cost, loss = problem.run(choice)
         if best is None or cost < best.cost:
             best = _Found(cost=cost, loss=loss, policy=_policy(problem, policy, choice), exits=chosen)
+        if progress is not None:
+            progress(done / len(pixels), best.cost)
     assert best is not None
     notes = []
     if not best.exits:
@@ -172,6 +176,10 @@ def _ask(table: ExitTable, given: dict[str, Any]) -> Ask | None:
         if only:
             raise OfframpError(expected="tolerance 'exact' for " + ", ".join(only), got=repr(tolerance),
                                where="search()", todo="leave tolerance out.")
+        if given["pixel_steps"] != _PIXEL_STEPS or given["time_limit_s"] not in (None, _LIMIT_S):
+            raise OfframpError(expected="pixel_steps and time_limit_s for tolerance 'exact' alone", where="search()",
+                               got=f"pixel_steps={given['pixel_steps']!r}, time_limit_s={given['time_limit_s']!r} for "
+                                   f"tolerance {tolerance!r}", todo="set tolerance='exact', or leave them out.")
         return None
     if loose:
         raise OfframpError(expected="an exhaustive search without " + " and ".join(loose),

@@ -48,20 +48,16 @@ def anytime(costs: Costs, quality: Floats, site: Sequence[int], goal: Goal, ledg
     last = len(quality) - 1
     heads = {s: np.flatnonzero(np.array(site) == s) for s in sorted(set(site))}
     units = (*dict.fromkeys((*goal.units, "macs")),)
-    path, head, whole = {}, {}, {}
-    for unit in units:  # body and head of a column apart, from the paths of single exits
-        whole[unit] = costs.path([last], unit, batch=goal.batch)[0]
-        single = np.array([costs.path([e, last], unit, batch=goal.batch) for e in range(last)]).reshape(last, 2)
-        path[unit], head[unit] = single[:, 0], single[:, 1] - whole[unit]
+    parts = {unit: costs.parts(unit, batch=goal.batch) for unit in units}
     best: list[Found] = []
     for chosen in itertools.combinations(heads, exits):
         grid = np.stack(np.meshgrid(*(heads[s] for s in chosen), indexing="ij"), axis=-1).reshape(-1, exits)
         reached = quality[grid]
-        spent: dict[str, Any] = {unit: head[unit][grid].sum(axis=1) + whole[unit] for unit in units}
+        spent: dict[str, Any] = {unit: head[grid].sum(axis=1) + body[last] for unit, (body, head) in parts.items()}
         spent["param_bytes"] = np.array(costs.head_param_bytes, np.float64)[grid].sum(axis=1) + costs.param_bytes[last]
         spent["peak_bytes"] = np.maximum(np.array(costs.peak_bytes, np.float64)[grid].max(axis=1),
                                          costs.peak_bytes[last])
-        first: dict[str, Any] = {unit: path[unit][grid[:, 0]] for unit in units}
+        first: dict[str, Any] = {unit: (body + head)[grid[:, 0]] for unit, (body, head) in parts.items()}
         ledger.configurations += len(grid)
         ledger.evaluated += len(grid)
         worst = reached.min(axis=1)
@@ -71,4 +67,5 @@ def anytime(costs: Costs, quality: Floats, site: Sequence[int], goal: Goal, ledg
         objective = goal.objective(worst, spent)[rows]
         best += [(tuple(grid[rows[k]].tolist()), float(objective[k]), float(worst[rows[k]]))
                  for k in front(objective, worst[rows])]
-    return sorted(best, key=lambda one: (one[1], path["macs"][one[0][0]], one[0]))
+    path = np.add(*parts["macs"])
+    return sorted(best, key=lambda one: (one[1], path[one[0][0]], one[0]))

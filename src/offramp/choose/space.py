@@ -15,9 +15,10 @@ from offramp.errors import OfframpError, PlanError
 from offramp.functional.edges import EDGE_LEVELS
 from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
+from offramp.table.payload import payload
 from offramp.types import EDGED, HISTOGRAM_BINS
 
-__all__ = ["Leavers", "Space", "lay_out", "payload", "quality"]
+__all__ = ["Leavers", "Space", "lay_out"]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -64,14 +65,6 @@ class Space:
         )
 
 
-def quality(hit: Floats, union: Floats) -> Floats:
-    """Mean of hit / union over the classes that occur: (..., K) -> (...); mIoU of summed matrices, or accuracy."""
-    there = union > 0
-    ratio = np.divide(hit, union, out=np.zeros(np.broadcast_shapes(hit.shape, union.shape)), where=there)
-    mean: Floats = ratio.sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
-    return mean
-
-
 def lay_out(table: ExitTable, *, against: str, confidence: str, steps: int, pixel_steps: int,
             temperatures: Sequence[float] | None = None) -> Space:
     """Score every sample at every exit and collect the sets; a column at a time, as histograms are large."""
@@ -90,26 +83,6 @@ def lay_out(table: ExitTable, *, against: str, confidence: str, steps: int, pixe
         leavers=tuple(_leavers(table, e, confidence, steps, pixel_steps, fitted[e]) for e in range(exits)),
         site=tuple(sites.index(column.site) for column in table.columns[:-1]),
     )
-
-
-def payload(table: ExitTable, against: str) -> tuple[Floats, Floats]:
-    """(hit, union), both (N, E + 1, K), which add up over samples exactly."""
-    if table.task == "dense":
-        matrices = table.confusion if against == "labels" else table.agreement_confusion
-        if matrices is None:
-            raise PlanError(expected="a table with labels", got="one without", where="search(against='labels')",
-                            todo="search against='backbone'.")
-        found = matrices.diagonal(dim1=-2, dim2=-1).double()
-        either = matrices.sum(dim=-1).double() + matrices.sum(dim=-2).double() - found
-        return found.numpy(), either.numpy()
-    assert table.logits is not None
-    said = table.logits.argmax(dim=-1)
-    if against == "labels" and table.labels is None:
-        raise PlanError(expected="a table with labels", got="one without", where="search(against='labels')",
-                        todo="search against='backbone', which bounds the loss by disagreement (Eq. 3).")
-    truth = said[:, -1] if table.labels is None or against == "backbone" else table.labels
-    right = (said == truth[:, None]).double().numpy()[..., None]
-    return right, np.ones_like(right)
 
 
 def _leavers(table: ExitTable, e: int, confidence: str, steps: int, pixel_steps: int, temperature: float) -> Leavers:

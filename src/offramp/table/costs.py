@@ -87,16 +87,20 @@ class Costs:
         else the first with that batch.
         """
         chosen = list(columns)
-        if unit == "macs":
-            body, head = np.array(self.macs, np.float64), np.array(self.head_macs, np.float64)
-        elif unit == "latency_ms":
-            one = self.at(batch=batch, device=device, engine=engine, dtype=dtype)
-            body, head = np.array(one.backbone_p50_ms) / batch, np.array(one.head_p50_ms) / batch
-        else:
-            raise OfframpError(expected="unit 'macs' or 'latency_ms'", got=repr(unit), where="Costs.path()",
-                               todo="bytes belong to a whole plan: Costs.price().")
+        body, head = self.parts(unit, batch=batch, device=device, engine=engine, dtype=dtype)
         priced: NDArray[np.float64] = body[chosen] + np.cumsum(head[chosen])
         return priced
+
+    def parts(self, unit: Unit = "macs", *, batch: int = 1, device: str | None = None, engine: str | None = None,
+              dtype: str | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(body, head), both (E,): a sample's way to each column's site, and the column's head alone; as ``path``."""
+        if unit == "macs":
+            return np.array(self.macs, np.float64), np.array(self.head_macs, np.float64)
+        if unit == "latency_ms":
+            one = self.at(batch=batch, device=device, engine=engine, dtype=dtype)
+            return np.array(one.backbone_p50_ms) / batch, np.array(one.head_p50_ms) / batch
+        raise OfframpError(expected="unit 'macs' or 'latency_ms'", got=repr(unit), where="Costs.path()",
+                           todo="bytes belong to a whole plan: Costs.price().")
 
     def price(self, columns: Sequence[int], unit: Unit = "macs", *, setting: Setting = "input_dependent",
               shares: Sequence[float] | None = None, batch: int = 1) -> float:
