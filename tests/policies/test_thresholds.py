@@ -5,7 +5,8 @@ import torch
 from choose.synthetic import classify, dense, pixels
 from offramp.errors import DataError, OfframpError
 from offramp.functional.confidence import top
-from offramp.policies.thresholds import Thresholds, checked
+from offramp.policies.scored import checked
+from offramp.policies.thresholds import Thresholds
 from offramp.types import Evidence, Policy
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offramp.errors import PlanError
 from offramp.functional.metrics import mean_iou
-from offramp.policies.thresholds import checked
+from offramp.policies.scored import checked
 from offramp.table import ExitTable
 from offramp.types import Plan, Setting
 

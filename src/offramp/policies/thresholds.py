@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
-from offramp.errors import DataError, OfframpError
+from offramp.errors import OfframpError
 from offramp.functional.confidence import BY_NAME
 from offramp.functional.edges import EDGE_LEVELS
 from offramp.functional.summaries import mean_of_histogram, share_above
+from offramp.policies.scored import leave_above
 from offramp.types import EDGED, HISTOGRAM_BINS, Evidence
 
-__all__ = ["Thresholds", "checked"]
+__all__ = ["Thresholds"]
 
 
 @final
@@ -83,24 +83,4 @@ class Thresholds:
 
     def decide(self, exit_index: int, evidence: Evidence) -> Tensor:
         """Bool (n,): the rows that leave. Raises DataError on NaN, which no threshold can judge."""
-        threshold = self.thresholds[exit_index]
-        score = self.score(exit_index, evidence)
-        if bool(score.isnan().any()):
-            raise DataError(
-                expected="confidences between 0 and 1", where=f"exit {exit_index}",
-                got=f"NaN in row {int(score.isnan().nonzero()[0])} of {len(score)}",
-                todo="look at that input, and at the exit's head.",
-            )
-        if threshold is None:
-            return torch.zeros(len(score), dtype=torch.bool, device=score.device)
-        return score >= threshold
-
-
-def checked(leaves: Tensor, rows: int, exit_index: int) -> Tensor:
-    """A policy's answer, refused where it is not bool (n,): a broadcast there would mix samples."""
-    if leaves.dtype != torch.bool or tuple(leaves.shape) != (rows,):
-        raise OfframpError(
-            expected=f"bool ({rows},) from the policy", got=f"{leaves.dtype} {tuple(leaves.shape)}",
-            where=f"exit {exit_index}", todo="decide() gives one True or False a row.",
-        )
-    return leaves
+        return leave_above(self.thresholds[exit_index], self.score(exit_index, evidence), exit_index)

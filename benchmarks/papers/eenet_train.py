@@ -1,0 +1,58 @@
+"""Networks and tables behind ``eenet.py``: every run is resumable and lies under ``--work``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import offramp  # noqa: E402
+from offramp.data import cifar10  # noqa: E402
+from offramp.models import load_model  # noqa: E402
+from offramp.nn.shortcut import ShortcutSpec  # noqa: E402
+from offramp.table import ExitTable  # noqa: E402
+from offramp.train.recipes import flip_shift  # noqa: E402
+
+HEADS = {
+    "layer1.2": ShortcutSpec(keep=("layer2.8", "layer3.8")),
+    "layer2.2": ShortcutSpec(keep=("layer3.8",)),
+}
+"""Exits after 11 and 41 % of the blocks: the final one included, three as in EENet's Table 1."""
+VARIANTS = ("joint", "frozen")
+EPOCHS = {"joint": 12, "frozen": 20}
+
+
+def network(args: argparse.Namespace) -> torch.nn.Module:
+    """The trained ResNet-56."""
+    weights = args.data / "checkpoints" / "cifar10_resnet56.safetensors"
+    return load_model(f"offramp:cifar_resnet56?weights={weights}").eval()
+
+
+def adapted(args: argparse.Namespace, variant: str, seed: int) -> offramp.MultiExit:
+    """Three exits trained on the 20,000 labelled images with EENet's weights and self-distillation."""
+    torch.manual_seed(seed)
+    net = offramp.attach(network(args), torch.randn(4, 3, 32, 32), exits=list(HEADS), heads=HEADS)
+    images = cifar10(args.data / "cifar10").split("train")
+    if args.quick:
+        images = torch.utils.data.Subset(images, range(512))
+    frozen = variant == "frozen"
+    recipe = offramp.recipes.eenet(
+        len(net.columns), epochs=1 if args.quick else EPOCHS[variant], freeze=frozen, lr=0.1 if frozen else 0.02,
+        batch_size=128, weight_decay=5e-4, augment=flip_shift, seed=seed)
+    offramp.fit(net, images, recipe, run_dir=args.work / f"{variant}-seed{seed}", device=args.device,
+                engine="eager" if args.quick else "compile", progress=args.progress, checkpoint_every=50)
+    return net
+
+
+def tables(args: argparse.Namespace, variant: str, seed: int) -> tuple[ExitTable, ExitTable]:
+    """(to fit on, to report on): disjoint halves of the 7,000 images that no training saw, times measured at batch 1."""
+    folder = args.work / f"{variant}-seed{seed}-table"
+    if not (folder / "table.json").is_file():
+        source = cifar10(args.data / "cifar10")
+        # "unlabelled" names its part in the label-free paper; the images have labels, which this paper reads
+        rows = torch.utils.data.ConcatDataset([source.split(name) for name in ("unlabelled", "calibration", "test")])
+        offramp.record(adapted(args, variant, seed), torch.utils.data.DataLoader(rows, batch_size=256), split="held",
+                       device=args.device).save(folder)
+    halves = ExitTable.load(folder).split_rows({"calibration": 0.5, "test": 0.5}, seed=0)
+    return halves["calibration"], halves["test"]
