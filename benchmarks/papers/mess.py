@@ -37,7 +37,7 @@ def main() -> None:
     options.add_argument("--part", choices=sorted(PARTS), action="append", help="several may be given; all by default")
     options.add_argument("--backbones", nargs="+", default=["resnet18", "mobilenetv2_100"])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--start-epochs", type=int, default=60, help="on CamVid of the network that all rows start from")
+    options.add_argument("--start-epochs", type=int, default=60, help="on CamVid, of all rows' start")
     options.add_argument("--epochs", type=int, default=12, help="of every end-to-end row")
     options.add_argument("--head-epochs", type=int, default=20, help="of every frozen row")
     options.add_argument("--space-epochs", type=int, default=6, help="of all heads of the space together")

@@ -1,8 +1,8 @@
 """Networks and trainings behind ``mess.py``: every run is resumable and lies under ``--work``.
 
-The paper starts from ImageNet weights and trains 60,000 steps; two cores cannot. All rows and seeds of a table start from one
-network trained on the built-in ``scenes`` (its classes are CamVid's) and then on CamVid until it converges, as a user's
-would be. Then the paper's A.2: SGD, poly schedule, rescaling by 0.5 to 2, crops, flips.
+The paper starts from ImageNet weights and trains 60,000 steps; two cores cannot. All rows and seeds of a table start
+from one network trained on the built-in ``scenes`` (its classes are CamVid's) and then on CamVid until it converges, as
+a user's would be. Then the paper's A.2: SGD, poly schedule, rescaling by 0.5 to 2, crops, flips.
 """
 
 import argparse
