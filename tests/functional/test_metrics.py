@@ -13,7 +13,7 @@ def test_against_scikit_learn() -> None:
     labels = torch.randint(0, 5, (3, 8, 8), generator=draw)
     said = torch.randint(0, 5, (3, 8, 8), generator=draw)
     labels[:, :2] = 255
-    labels[0, 3] = -1
+    labels[0, 3], labels[2, 4] = -1, 5
     matrices = confusion(said, labels, 5)
     for n in range(3):
         kept = (labels[n] >= 0) & (labels[n] < 5)
@@ -23,6 +23,13 @@ def test_against_scikit_learn() -> None:
     np.testing.assert_allclose(iou(matrices.sum(0)), jaccard_score(labels[kept], said[kept], average=None))
     assert float(mean_iou(matrices.sum(0))) == pytest.approx(jaccard_score(labels[kept], said[kept], average="macro"))
     assert accuracy(said[kept], labels[kept]) == pytest.approx(accuracy_score(labels[kept], said[kept]))
+
+
+def test_labels_as_small_as_pictures_hold_them() -> None:
+    labels, said = (torch.randint(0, 21, (2, 9, 9), generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    labels[0, 0] = 255
+    wanted = confusion_matrix(labels[0][1:].flatten(), said[0][1:].flatten(), labels=range(21))
+    assert (confusion(said.byte(), labels.byte(), 21)[0].numpy() == wanted).all()
 
 
 def test_a_class_that_never_occurs_does_not_count() -> None:

@@ -40,11 +40,13 @@ def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     rows, area = labels.shape[0], num_classes * num_classes
     if rows == 0:
         return torch.zeros(0, num_classes, num_classes, dtype=torch.int32, device=labels.device)
-    truth, said = labels.reshape(rows, -1).long(), predictions.reshape(rows, -1).long()
-    counted = (truth >= 0) & (truth < num_classes)
-    cell = truth * num_classes + said + torch.arange(rows, device=labels.device)[:, None] * area
-    counts = torch.bincount(cell[counted], minlength=rows * area)
-    return counts.view(rows, num_classes, num_classes).to(torch.int32)
+    truth = labels.reshape(rows, -1).to(torch.int32)
+    # what is ignored falls into one cell after the others: counting it is cheaper than picking it out
+    cell = torch.where((truth >= 0) & (truth < num_classes), truth * num_classes, area)
+    cell = cell.add_(predictions.reshape(rows, -1)).clamp_(max=area)
+    cell += torch.arange(rows, dtype=torch.int32, device=cell.device)[:, None] * (area + 1)
+    counts = torch.bincount(cell.flatten(), minlength=rows * (area + 1)).view(rows, area + 1)
+    return counts[:, :area].reshape(rows, num_classes, num_classes).to(torch.int32)
 
 
 def iou(matrix: Tensor) -> Tensor:
