@@ -1,7 +1,8 @@
 """The run folder: what one verb leaves and the next one reads.
 
     run.json                the manifest: network, data, exits, recipe, and the commands that made it
-    heads.safetensors       the trained exits (network.safetensors: all of it, where the recipe trained all of it)
+    heads.safetensors       the trained exits (network.safetensors: all of it, where the recipe trained all of it, and
+                            backbone.safetensors: the network alone, for MODEL?weights= of a second training)
     train/                  checkpoint and log, to go on after a stop
     tables/SPLIT.json       what every exit said on a split, with its safetensors beside it
     plan.json, bench.json, report.html
@@ -143,6 +144,9 @@ class Run:
         tensors = {k: v.detach().cpu().contiguous() for k, v in (net if whole else net.heads).state_dict().items()}
         write_atomic(self.path / ("network.safetensors" if whole else "heads.safetensors"),
                      safetensors.torch.save(tensors))
+        if whole:
+            alone = {k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}
+            write_atomic(self.path / "backbone.safetensors", safetensors.torch.save(alone))
 
     def table(self, split: str) -> ExitTable:
         """What was recorded on a split; OfframpError when nothing was."""

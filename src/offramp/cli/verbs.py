@@ -16,7 +16,8 @@ __all__ = ["app", "main"]
 EPILOG = (
     "MODEL: torchvision:resnet50?weights=DEFAULT, timm:hrnet_w18, smp:Unet?encoder_name=resnet18, "
     "offramp:cifar_resnet56, or package.module:callable. "
-    "DATA: imagefolder:PATH, cifar10:PATH, camvid:PATH, scenes, or package.module:callable."
+    "DATA: imagefolder:PATH, cifar10:PATH, camvid:PATH, cityscapes:PATH, voc:PATH, coco:PATH, scenes, or "
+    "package.module:callable."
 )
 app = typer.Typer(
     name="offramp", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -34,8 +35,13 @@ Within = Annotated[str | None, typer.Option(help="Cut this submodule instead of 
 HeadKind = Annotated[str, typer.Option("--heads", help="small (new layers, sized by the site), shortcut (the network's "
                                        "own tail, most blocks left out; stronger on residual networks) or mess (dense "
                                        "networks: 64 candidates a site, for the search to choose from).")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="label_free (no labels) or joint (labels, whole network).")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; the recipe's own unless given.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="label_free (no labels, frozen network). All others need "
+                                         "labels, and --epochs but for joint: joint, exit_aware (one exit a step) and "
+                                         "final_only (no exit) train the whole network, which is kept as "
+                                         "RUN/backbone.safetensors; mess, frozen, kd and self_distill train exits "
+                                         "on a frozen one, mess best on that of exit_aware.")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; for label_free and joint the recipe's "
+                                            "own unless given.")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate; the recipe's own unless given.")]
 Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
 TrainSplit = Annotated[str | None, typer.Option(help="Splits to train on, such as train+unlabelled.")]
@@ -50,6 +56,9 @@ Tolerance = Annotated[str, typer.Option(help="joint spends the loss where it sav
                                         "exact proves the optimum; auto chooses between exact and joint.")]
 Confidence = Annotated[str, typer.Option(help="top, margin or entropy; dense also top_edges or entropy_edges; "
                                          "several with commas, for the exact search to choose.")]
+Confidences = Annotated[str | None, typer.Option(help="Dense: whose histograms to keep, with commas: top, margin, "
+                                                 "entropy, top_edges, entropy_edges. All unless given; of networks "
+                                                 "with more than 16 exits only top.")]
 MaxExits = Annotated[int | None, typer.Option(min=0, help="Use at most so many exits.")]
 Against = Annotated[str, typer.Option(help="What the loss is measured against: auto, labels or backbone.")]
 LatencyBatch = Annotated[int, typer.Option("--latency-batch", help="Batch size at which latency_ms is meant.")]
@@ -103,17 +112,18 @@ def train(
 @verb
 def record(
     run: Folder, split: Annotated[str, typer.Option(help="Splits to record, with commas.")] = "calibration,test",
-    batches: Batches = "1", batch_size: BatchSize = 32, device: Device = None, again: Again = False,
-    as_json: Json = False, debug: Debug = False,
+    batches: Batches = "1", batch_size: BatchSize = 32, confidences: Confidences = None, device: Device = None,
+    again: Again = False, as_json: Json = False, debug: Debug = False,
 ) -> None:
     """Memoise what every exit says on a split, and what it costs; search and report read nothing else."""
     from offramp.cli.folder import Run
     from offramp.cli.work import record_run
 
+    kept = _confidences(confidences, "--confidences")
     opened = Run.open(run)
     opened.save(command_line())
     tables = record_run(opened, split.split(","), batches=_numbers(batches, ",", "--batches"), batch_size=batch_size,
-                        device=device, again=again, quiet=as_json)
+                        confidences=kept, device=device, again=again, quiet=as_json)
     counts = {name: len(table) for name, table in tables.items()}
     words = "\n".join(f"{run}/tables/{name}.json: {count} samples" for name, count in counts.items())
     result({"run": str(run), "tables": counts}, f"{words}\nnext: offramp search {run} --max-drop 0.01", as_json=as_json)
@@ -154,10 +164,7 @@ def search(
                                             "certificate": one.certificate} for one in plans]}, "\n".join(lines),
                as_json=as_json)
         return
-    plan = search_run(Run.open(run), options=options, command=command_line(), quiet=as_json)
-    result({"run": str(run), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes,
-            "certificate": plan.certificate},
-           f"{_plan(plan)}\nnext: offramp bench {run}; offramp report {run}", as_json=as_json)
+    _searched(run, search_run(Run.open(run), options=options, command=command_line(), quiet=as_json), as_json)
 
 
 @app.command(epilog="offramp adapt torchvision:resnet18?weights=net.pth --data imagefolder:photos --out run "
@@ -169,21 +176,20 @@ def adapt(
     train_split: TrainSplit = None, within: Within = None,
     minimise: Minimise = "macs", tolerance: Tolerance = "auto", confidence: Confidence = "top",
     max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1, batches: Batches = "1",
-    batch_size: BatchSize = 32, device: Device = None, precision: Precision = None, again: Again = False,
-    as_json: Json = False, debug: Debug = False,
+    batch_size: BatchSize = 32, confidences: Confidences = None, device: Device = None, precision: Precision = None,
+    again: Again = False, as_json: Json = False, debug: Debug = False,
 ) -> None:
     """Train, record and search in one go: from a pretrained network and images to a plan."""
     from offramp.cli.work import record_run, search_run
 
+    options = _options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
+    kept = _confidences(confidences, "--confidences")
     run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, device, precision,
                  again, as_json)
     splits = [one for one in ("calibration", "test") if one in run.source.splits]
-    record_run(run, splits, batches=_numbers(batches, ",", "--batches"), batch_size=batch_size, device=device,
-               quiet=as_json)
-    plan = search_run(run, options=_options(max_drop, minimise, tolerance, confidence, max_exits, against,
-                                            latency_batch), command=command_line())
-    result({"run": str(out), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes},
-           f"{_plan(plan)}\nnext: offramp bench {out}; offramp report {out}", as_json=as_json)
+    record_run(run, splits, batches=_numbers(batches, ",", "--batches"), batch_size=batch_size, confidences=kept,
+               device=device, quiet=as_json)
+    _searched(out, search_run(run, options=options, command=command_line(), quiet=as_json), as_json)
 
 
 @app.command(epilog="offramp run --model run photos/ --out answers/")
@@ -294,13 +300,20 @@ def _options(max_drop: float | None, minimise: str, tolerance: str, confidence: 
     for flag, (value, known) in allowed.items():
         if value not in known:
             fail(f"{flag}: expected {', '.join(known)}, but got {value!r}.")
-    names = confidence.split(",")
-    for name in names:
-        if name not in (known := ("top", "margin", "entropy", "top_edges", "entropy_edges")):
-            fail(f"--confidence: expected {', '.join(known)}, but got {name!r}.")
+    names = _confidences(confidence, "--confidence") or [confidence]
     return {"max_drop": max_drop, "minimise": minimise, "tolerance": None if tolerance == "auto" else tolerance,
             "confidence": names if len(names) > 1 else confidence,
             "max_exits": max_exits, "against": against, "batch": batch}
+
+
+def _confidences(text: str | None, flag: str) -> list[str] | None:
+    from offramp.types import CONFIDENCES, EDGED
+
+    names = None if text is None else text.split(",")
+    for name in names or ():
+        if name not in (known := (*CONFIDENCES, *EDGED)):
+            fail(f"{flag}: expected {', '.join(known)}, but got {name!r}.")
+    return names
 
 
 def _numbers(text: str, mark: str, flag: str) -> list[int]:
@@ -311,6 +324,12 @@ def _numbers(text: str, mark: str, flag: str) -> list[int]:
     if not found or min(found) < 1:
         fail(f"{flag}: expected whole numbers such as {mark.join(['1', '32'])}, but got {text!r}.")
     return found
+
+
+def _searched(run: Path, plan: "Plan", as_json: bool) -> None:
+    result({"run": str(run), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes,
+            "certificate": plan.certificate},
+           f"{_plan(plan)}\nnext: offramp bench {run}; offramp report {run}", as_json=as_json)
 
 
 def _plan(plan: "Plan") -> str:

@@ -30,7 +30,9 @@ from offramp.types import Plan
 __all__ = ["front_run", "make_recipe", "open_model", "record_run", "search_run", "start", "train_run"]
 
 HEADS: dict[str, Any] = {"small": None, "shortcut": ShortcutSpec(share=0.2), "mess": mess_space()}
-RECIPES: dict[str, Callable[..., Recipe]] = {"label_free": recipes.label_free, "joint": recipes.joint}
+RECIPES: dict[str, Callable[..., Recipe]] = {one.__name__: one for one in (
+    recipes.label_free, recipes.joint, recipes.exit_aware, recipes.mess, recipes.final_only, recipes.frozen, recipes.kd,
+    recipes.self_distill)}
 
 
 def make_recipe(name: str, **options: Any) -> Recipe:
@@ -38,6 +40,9 @@ def make_recipe(name: str, **options: Any) -> Recipe:
     if name not in RECIPES:
         raise OfframpError(expected=f"a recipe among {', '.join(RECIPES)}", got=repr(name), where="--recipe",
                            todo=near(name, RECIPES))
+    if options.get("epochs") is None and name not in ("label_free", "joint"):
+        raise OfframpError(expected=f"--epochs, which {name} has no habit of its own for", got="none", where="--recipe",
+                           todo="say how often it may pass over the data, such as --epochs 20.")
     return RECIPES[name](**{k: v for k, v in options.items() if v is not None})
 
 
@@ -50,11 +55,11 @@ def first_shape(split: Split) -> list[int]:
 def training_split(source: Source, recipe: Recipe, wanted: str | None) -> Split:
     """Which images the exits learn from: without labels all that may be trained on."""
     if wanted is None:
-        wanted = "train" if recipe.loss == "labels" or "unlabelled" not in source.splits else "unlabelled"
+        wanted = "train" if recipe.reads_labels or "unlabelled" not in source.splits else "unlabelled"
     if {"calibration", "test"} & set(wanted.split("+")):
         raise OfframpError(expected="a split to train on", got=repr(wanted), where="--train-split",
                            todo="exits are tuned on calibration and judged on test; train on train or unlabelled.")
-    return source.split(wanted, labels=recipe.loss == "labels")
+    return source.split(wanted, labels=recipe.reads_labels)
 
 
 def open_model(model: str, data: Source, split: str) -> tuple[Any, list[int]]:
@@ -121,7 +126,7 @@ def train_run(
         if any(column.head for column in net.columns):  # several candidates a site
             note(overview(net))
         note(f"training {len(net.columns) - 1} exits on {len(data)} images of {data.split}, "
-             + ("with labels" if recipe.loss == "labels" else "without labels"))
+             + ("with labels" if recipe.reads_labels else "without labels"))
     history = fit(net, data, recipe, run_dir=run.path / "train", device=device, precision=precision,
                   progress=not quiet)
     run.keep(net)
@@ -132,23 +137,25 @@ def train_run(
 
 
 def record_run(
-    run: Run, splits: Sequence[str], *, batches: Sequence[int] = (1,), batch_size: int = 32, device: str | None = None,
-    latency: bool = True, again: bool = False, quiet: bool = False,
+    run: Run, splits: Sequence[str], *, batches: Sequence[int] = (1,), batch_size: int = 32,
+    confidences: Sequence[str] | None = None, device: str | None = None, latency: bool = True, again: bool = False,
+    quiet: bool = False,
 ) -> dict[str, ExitTable]:
-    """Memoise each split that has no table of this very network yet."""
+    """Memoise each split that has no table of this very network, with these confidences, yet."""
     tables = {}
     for name in splits:
         page = run.path / "tables" / f"{name}.json"
         if page.is_file() and not again:
             table = ExitTable.load(page)
-            if table.fingerprints["model"] == fingerprint_of(run.net):
+            lacking = table.task == "dense" and not set(confidences or ()) <= set(table.histograms)
+            if table.fingerprints["model"] == fingerprint_of(run.net) and not lacking:
                 tables[name] = table
                 continue
         split = run.source.split(name)
         words = f"recording {len(split)} images of {name}"
         loader = Steps(DataLoader(split, batch_size=batch_size), words, quiet=quiet)
         tables[name] = record(run.net, loader, split=name, device=device, class_names=run.source.class_names,
-                              latency={"batches": tuple(batches)} if latency else False)
+                              confidences=confidences, latency={"batches": tuple(batches)} if latency else False)
         tables[name].save(page)
     return tables
 
