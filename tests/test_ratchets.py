@@ -15,7 +15,7 @@ PUBLIC = {
     "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MessSpec",
     "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench",
     "calibrate", "deploy", "fit", "load_data", "load_deployed", "load_model", "load_plan", "mess_space", "recipes",
-    "record", "replay", "save_deployed", "save_plan", "search", "sites", "tune_",
+    "record", "replay", "save_deployed", "save_plan", "search", "search_front", "sites", "tune_",
 }
 EXTRAS = {"segmentation_models_pytorch", "transformers", "optuna", "matplotlib"}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from offramp.choose.calibrate import calibrate
     from offramp.choose.plan import load_plan, save_plan
     from offramp.choose.replay import replay
-    from offramp.choose.search import search
+    from offramp.choose.search import search, search_front
     from offramp.data import load_data
     from offramp.deployed import load_deployed, save_deployed
     from offramp.errors import OfframpError
@@ -56,6 +56,7 @@ _FROM = {
     "mess_space": "offramp.nn.mess",
     "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",
     "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "search": "offramp.choose.search",
+    "search_front": "offramp.choose.search",
     "sites": "offramp.graph", "tune_": "offramp.nn.tune",
 }
 
@@ -63,7 +64,7 @@ __all__ = [
     "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MessSpec",
     "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench",
     "calibrate", "deploy", "fit", "load_data", "load_deployed", "load_model", "load_plan", "mess_space", "recipes",
-    "record", "replay", "save_deployed", "save_plan", "search", "sites", "tune_",
+    "record", "replay", "save_deployed", "save_plan", "search", "search_front", "sites", "tune_",
 ]
 
 
