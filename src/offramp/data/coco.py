@@ -21,6 +21,7 @@ COCO_CATEGORIES = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 2
 LAYOUT = "annotations, train2017 and val2017 (COCO)"
 MIN_AREA = 1000
 _FINER = 5
+_PART = {"train": "train", "unlabelled": "train", "calibration": "val", "test": "val"}
 _CLASS_OF = {category: k for k, category in enumerate(COCO_CATEGORIES) if k}
 
 
@@ -34,13 +35,13 @@ def coco(path: str | Path, *, seed: int = 0, min_area: float = MIN_AREA, prepare
     that reference. The annotations are parsed when a labelled split, or ``train``, is asked for.
     """
     root = existing_folder(path, "coco", LAYOUT)
-    folders = {part: root / f"{part}2017" for part in ("train", "val") if (root / f"{part}2017").is_dir()}
+    folders = {part: folder for part in ("train", "val") if (folder := root / f"{part}2017").is_dir()}
     if not folders:
         subfolder(root, "train2017", "coco", LAYOUT)
     told = cache(partial(_annotations, root))
 
     def make(split: str, labels: bool, prepared: Prepare) -> Split:
-        part = "train" if split in ("train", "unlabelled") else "val"
+        part, labels = _PART[split], labels and split != "unlabelled"
         files = {f.name: f for f in image_files(folders[part])}
         if not files:
             raise DataError(expected="images", got=f"none in {folders[part]}", where="coco", todo="fetch them again")
@@ -48,7 +49,7 @@ def coco(path: str | Path, *, seed: int = 0, min_area: float = MIN_AREA, prepare
         if part == "val":
             names = [names[i] for i in halves(names, seed)[split]]
         drawn: dict[str, Outlines] = {}
-        if split == "train" or (labels and split != "unlabelled"):
+        if split == "train" or labels:
             drawn = told(part)
             source = Path(f"instances_{part}2017.json")
             paired(files, dict.fromkeys(drawn, source), f"coco/{split}",
@@ -60,11 +61,10 @@ def coco(path: str | Path, *, seed: int = 0, min_area: float = MIN_AREA, prepare
                                 where="coco/train", todo="look at the annotations, or give coco:PATH?min_area=0")
         return FileSplit([files[name] for name in names], root=root, source="coco", split=split, task="dense",
                          class_names=VOC_CLASSES, prepare=prepared, palette=VOC_PALETTE,
-                         targets=[drawn[name] for name in names] if labels and split != "unlabelled" else None)
+                         targets=[drawn[name] for name in names] if labels else None)
 
-    part_of = {"train": "train", "unlabelled": "train", "calibration": "val", "test": "val"}
     return Source(name="coco", task="dense", class_names=VOC_CLASSES, prepare=prepare or Prepare(),
-                  make={s: partial(make, s) for s in SPLITS if part_of[s] in folders}, unlabelled_is_train=True,
+                  make={s: partial(make, s) for s in SPLITS if _PART[s] in folders}, unlabelled_is_train=True,
                   palette=VOC_PALETTE)
 
 
@@ -99,11 +99,10 @@ def _annotations(root: Path, part: str) -> dict[str, Outlines]:
     try:
         told = json.loads(file.read_bytes())
         images = {one["id"]: Outlines(one["file_name"], one["height"], one["width"], 0.0, []) for one in told["images"]}
-        annotations = told["annotations"]
-        lost = [one["id"] for one in annotations if one["image_id"] not in images]
-        for one in annotations:
-            if one["category_id"] in _CLASS_OF and one["image_id"] in images:
-                of, outline = images[one["image_id"]], one["segmentation"]
+        lost = [one["id"] for one in told["annotations"] if one["image_id"] not in images]
+        for one in told["annotations"]:
+            if one["category_id"] in _CLASS_OF and (of := images.get(one["image_id"])):
+                outline = one["segmentation"]
                 of.area += one["area"]
                 if isinstance(outline, list):
                     outline = [np.asarray(polygon, np.float64) for polygon in outline]

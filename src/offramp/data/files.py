@@ -22,6 +22,8 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".t
 CHECKED_AT_START = 4096
 """Headers of this many files are read when a split is made; the rest are found out when they are read."""
 UNREADABLE = "remove or replace the files named; an interrupted copy often leaves such files"
+_BROKEN = OSError, ValueError, SyntaxError, Image.DecompressionBombError
+"""What Pillow says of a file that it cannot read."""
 Drawn = Callable[[], NDArray[np.uint8]]
 """Draws the label of one image (H, W) when it is asked for; DataError where the description is no good."""
 
@@ -129,7 +131,7 @@ class FileSplit(Split):
                     with Image.open(target) as picture:
                         if picture.size != size:
                             mismatched.add(target, f"{_hxw(picture.size)}, its image {_hxw(size)}")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except _BROKEN as error:
                 faults.add(file, _why(error))
         faults.raise_if_any()
         mismatched.raise_if_any()
@@ -152,36 +154,31 @@ class FileSplit(Split):
         faults.raise_if_any()
 
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
-        image = self._decode(self.files[index], "RGB")
-        label: Tensor | None = None
-        if self.targets is not None:
-            target = self.targets[index]
-            label = torch.tensor(target) if isinstance(target, int) else self._label(target)
-        if label is not None and label.ndim == 2 and label.shape != image.shape[1:]:
+        image = self._decode(self.files[index], rgb=True).permute(2, 0, 1)
+        target = None if self.targets is None else self.targets[index]
+        picture = None if target is None or isinstance(target, int) else self._label(target)
+        if picture is not None and picture.shape != image.shape[1:]:
             raise DataError(expected=f"a label picture of {tuple(image.shape[1:])} like its image", where=self._where,
-                            got=f"{tuple(label.shape)} in {_told(self.targets and self.targets[index])}",
-                            todo="make each pair one size")
+                            got=f"{tuple(picture.shape)} in {_told(target)}", todo="make each pair one size")
         if self._resize is not None:
             image = self._resize(image)
         elif self.prepare.size is not None:
             image = v2.functional.resize(image, list(self.prepare.size), antialias=True)
-            if label is not None and label.ndim == 2:
+            if picture is not None:
                 nearest = v2.InterpolationMode.NEAREST_EXACT
-                label = v2.functional.resize(label[None], list(self.prepare.size), interpolation=nearest)[0]
-        return image, label
+                picture = v2.functional.resize(picture[None], list(self.prepare.size), interpolation=nearest)[0]
+        return image, torch.tensor(target) if isinstance(target, int) else picture
 
-    def _decode(self, file: Path, mode: str) -> Tensor:
+    def _decode(self, file: Path, *, rgb: bool = False) -> Tensor:
         try:
             with Image.open(file) as picture:
-                if mode == "RGB":
-                    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-                return torch.from_numpy(np.array(picture))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                return torch.from_numpy(np.array(picture.convert("RGB") if rgb else picture))
+        except _BROKEN as error:
             raise DataError(expected="an image that can be read", got=f"{file} ({_why(error)})", where=self._where,
                             todo=UNREADABLE) from error
 
     def _label(self, target: Path | Drawn) -> Tensor:
-        raw = self._decode(target, "as it is") if isinstance(target, Path) else torch.from_numpy(target())
+        raw = self._decode(target) if isinstance(target, Path) else torch.from_numpy(target())
         if raw.ndim != 2:
             raise DataError(expected="a label picture with one value per pixel, the class", where=self._where,
                             got=f"{_told(target)} with {raw.shape[-1]} channels",
@@ -210,4 +207,4 @@ def _why(error: Exception) -> str:
 
 def _told(target: object) -> str:
     """A file by its path, a drawing by what it is drawn from."""
-    return str(getattr(target, "name", target)) if not isinstance(target, Path) else str(target)
+    return str(target if isinstance(target, Path) else getattr(target, "name", target))
