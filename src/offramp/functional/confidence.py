@@ -4,8 +4,8 @@ All three take (N, K) or (N, K, H, W), score over K, and compute in at least flo
 its table are scored alike. They run on the logits' own device and never look for NaN: whoever decides does that once.
 
 All come from the largest logit and the sum of exponentials around it, which one pass over the logits finds. On a CPU
-pixels are passed plane by plane, each a class: in the order of memory, vectorised, and with the same bits whatever the
-batch, the layout and the number of threads.
+pixels are passed plane by plane, each a class: in the order of memory, vectorised, and scored with the same bits
+whatever the batch, the layout and the number of threads.
 """
 
 import math
@@ -19,7 +19,7 @@ from offramp.errors import OfframpError
 
 __all__ = ["BY_NAME", "Reading", "entropy", "margin", "read", "top"]
 
-_LOWEST = -200.0  # exp of it is 0 in any precision below float64's last, and 0 * it is 0, as 0 * -inf is not
+_LOWEST = -200.0  # whose exp is 0 in float32 and nothing beside 1 in float64; and 0 * it is 0, as 0 * -inf is not
 _ROOM = 1 << 22  # logits read at a time: what is held besides them is as large
 
 
@@ -68,13 +68,13 @@ class Reading:
     labels: Tensor | None = None
     """The likeliest class (N, ...), the first of equals; uint8 up to 256 classes, else int16."""
     probs: Tensor | None = None
-    """Mean probabilities over space (N, K), float32 or wider."""
+    """Mean probabilities over space (N, K), float32 or wider; rounded as the batch has it."""
 
 
 def read(logits: Tensor, names: Collection[str], *, labels: bool = False, probs: bool = False) -> Reading:
     """Score logits (N, K, ...) by several confidences at once; for pixels, labels and mean probabilities as well.
 
-    The scores are those of ``top``, ``margin`` and ``entropy``, to the last bit.
+    The scores are those of ``top``, ``margin`` and ``entropy``, to the last bit; ``probs`` are so but for rounding.
     """
     if logits.ndim not in (2, 4) or logits.shape[1] < 2:
         raise OfframpError(

@@ -1,8 +1,8 @@
 """Semantic edges, and confidence that is smoothed across them (MESS, arXiv:2106.03527, Eqs. 8-9). n images, H W space.
 
 A median commutes with a threshold: it reaches t where at least half of its window does. So Eq. 9 is a count in a box,
-exact in integers, of the pixels that reach a level, first of seven coarse ones and then of the seven in between; several
-levels' counts ride in one integral image.
+exact in integers, of the pixels that reach a level, first of seven coarse ones and then of the seven in between;
+several levels' counts ride in one integral image.
 """
 
 from collections.abc import Sequence

@@ -130,8 +130,7 @@ def summarise(logits: Tensor, *, confidences: Sequence[str] = CONFIDENCES, strid
                            got=", ".join(sorted(unknown)), where="summarise()")
     said = read(logits, set(base.values()) or {"top"}, labels=True, probs=True)
     assert said.labels is not None and said.probs is not None
-    for scores in said.scores.values():
-        _refuse_nan(scores)
+    _refuse_nan(next(iter(said.scores.values())))  # a pixel that makes one of its scores NaN makes all of them so
     edges = semantic_edges(said.labels, stride) if set(confidences) & set(EDGED) else None
     maps = {name: said.scores[base[name]] for name in confidences}
     if edges is not None:
