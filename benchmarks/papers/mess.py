@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from mess_cascade import receptive_fields
 from mess_choose import costs, fig4, table2, table3, table7  # noqa: E402
-from mess_train import LOSSES, first_stage, quality, second_stage  # noqa: E402
+from mess_train import LOSSES, first_stage, quality, second_stage, stage  # noqa: E402
 
 from claims import Sheet  # noqa: E402
 
@@ -50,6 +50,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     options.add_argument("--progress", action="store_true")
+    options.add_argument("--long", action="store_true", help="end-to-end rows for --start-epochs from scenes, by AdamW")
     options.add_argument("--quick", action="store_true", help="one seed, one epoch of everything, under another name")
     args = options.parse_args()
     if args.quick:
@@ -58,7 +59,7 @@ def main() -> None:
         args.backbones, args.views, args.work = args.backbones[:1], 1, args.work / "quick"
     torch.set_num_threads(args.threads)
     for part in args.part or PARTS:
-        PARTS[part](args, Sheet(f"mess-{part}" + ("-quick" if args.quick else "")))
+        PARTS[part](args, Sheet(f"mess-{part}" + "-long" * args.long + "-quick" * args.quick))
 
 
 def table5(args: argparse.Namespace, sheet: Sheet) -> None:
@@ -66,13 +67,13 @@ def table5(args: argparse.Namespace, sheet: Sheet) -> None:
     backbone = args.backbones[0]
     rows: dict[str, list[list[float]]] = {row: [] for row in PAPER5}
     for seed in args.seeds:
-        for row in ("final_only", "joint", "exit_aware"):
+        for row in ("final_only", "exit_aware", "joint"):
             net = first_stage(args, backbone, row, seed)
-            rows[row].append(quality(args, net, f"{backbone}-{row}-seed{seed}"))
+            rows[row].append(quality(args, net, stage(args, backbone, row, seed)))
             print(f"seed {seed}  {row:<12}", *(f"{v:6.2f}" for v in rows[row][-1]), flush=True)
         for name, row in (("frozen", "final_only"), ("two_stage", "exit_aware")):
             net = second_stage(args, backbone, row, seed, "frozen")
-            rows[name].append(quality(args, net, f"{backbone}-{row}-seed{seed}-frozen-fcn"))
+            rows[name].append(quality(args, net, f"{stage(args, backbone, row, seed)}-frozen-fcn"))
             print(f"seed {seed}  {name:<12}", *(f"{v:6.2f}" for v in rows[name][-1]), flush=True)
     for row, seeds in rows.items():
         for e, values in enumerate(zip(*seeds, strict=True)):
@@ -93,7 +94,7 @@ def table6(args: argparse.Namespace, sheet: Sheet) -> None:
         for seed in args.seeds:
             for loss in LOSSES:
                 net = second_stage(args, backbone, "exit_aware", seed, loss)
-                rows[loss].append(quality(args, net, f"{backbone}-exit_aware-seed{seed}-{loss}-fcn"))
+                rows[loss].append(quality(args, net, f"{stage(args, backbone, 'exit_aware', seed)}-{loss}-fcn"))
                 print(f"{backbone}  seed {seed}  {loss:<12}", *(f"{v:6.2f}" for v in rows[loss][-1]), flush=True)
         early = range(len(rows["mess"][0]) - 1)
         for loss, seeds in rows.items():

@@ -63,23 +63,29 @@ def pictures(args: argparse.Namespace) -> Any:
     return torch.utils.data.Subset(rows, range(16)) if args.quick else rows
 
 
-def start(args: argparse.Namespace, backbone: str) -> Fcn:
+def start(args: argparse.Namespace, backbone: str, *, scenes_alone: bool = False) -> Fcn:
     """A trained network, as a user brings it: first scenes, which stand for ImageNet, then CamVid, both by AdamW."""
-    path = args.work / f"{backbone}_start.safetensors"
+    path = args.work / f"{backbone}_{'scenes' if scenes_alone else 'start'}.safetensors"
     torch.manual_seed(0)
     model = Fcn(backbone)
     if not path.is_file():
         scenes = load_data(f"scenes?n={args.scenes}&size={SIZE[0]}x{SIZE[1]}&seed=0")
         net = attach(model, heads=vanilla(), exits=1)
-        recipe = replace(offramp.recipes.joint(epochs=args.scene_epochs, batch_size=8, seed=0), weights=(0.0, 1.0),
-                         optimiser="adamw", lr=2e-3, weight_decay=0.02, schedule="cosine", warmup=0.05, clip=1.0)
+        recipe = replace(adamw(offramp.recipes.joint(epochs=args.scene_epochs, batch_size=8, seed=0)),
+                         weights=(0.0, 1.0), lr=2e-3)
         fit(args, net, scenes.split("train"), recipe, f"{backbone}-scenes")
-        recipe = replace(recipe, epochs=args.start_epochs, lr=1e-3, loss_stride=4,
-                         augment_pair=scale_crop_flip(crop=CROP))
-        fit(args, net, pictures(args), recipe, f"{backbone}-start")
+        if not scenes_alone:
+            recipe = replace(recipe, epochs=args.start_epochs, lr=1e-3, loss_stride=4,
+                             augment_pair=scale_crop_flip(crop=CROP))
+            fit(args, net, pictures(args), recipe, f"{backbone}-start")
         safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     model.load_state_dict(safetensors.torch.load_file(path))
     return model
+
+
+def adamw(recipe: offramp.Recipe) -> offramp.Recipe:
+    """Few steps from far away: there SGD with the paper's rate is slow."""
+    return replace(recipe, optimiser="adamw", lr=1e-3, weight_decay=0.02, schedule="cosine", warmup=0.05, clip=1.0)
 
 
 def attach(model: nn.Module, *, heads: Any, exits: Any) -> offramp.MultiExit:
@@ -101,14 +107,27 @@ def fit(args: argparse.Namespace, net: offramp.MultiExit, data: Any, recipe: off
 
 def first_stage(args: argparse.Namespace, backbone: str, row: str, seed: int) -> offramp.MultiExit:
     """Rows (i) ``final_only``, (ii) ``joint`` and (iii) ``exit_aware`` of Table 5: end to end, vanilla FCN heads."""
-    model = start(args, backbone)
+    # --long: from scenes, as long as the plain network, which then is the start itself
+    plain = args.long and row == "final_only"
+    model = start(args, backbone, scenes_alone=args.long and not plain)
     torch.manual_seed(seed)
     net = attach(model, heads=vanilla(), exits=EXITS[backbone])
+    if plain:
+        return net
     kind = getattr(offramp.recipes, row)
-    recipe = replace(kind(epochs=args.epochs, seed=seed), lr=0.01, batch_size=8, weight_decay=1e-4, warmup=0.05,
-                     augment_pair=scale_crop_flip(crop=CROP), loss_stride=4)
-    fit(args, net, pictures(args), recipe, f"{backbone}-{row}-seed{seed}")
+    recipe = replace(kind(epochs=args.epochs, seed=seed), batch_size=8, augment_pair=scale_crop_flip(crop=CROP),
+                     loss_stride=4)
+    if args.long:
+        recipe = adamw(replace(recipe, epochs=args.start_epochs))
+    else:
+        recipe = replace(recipe, lr=0.01, weight_decay=1e-4, warmup=0.05)
+    fit(args, net, pictures(args), recipe, stage(args, backbone, row, seed))
     return net
+
+
+def stage(args: argparse.Namespace, backbone: str, row: str, seed: int) -> str:
+    """The name of a first stage's runs."""
+    return f"{backbone}-{row}{'-long' if args.long else ''}-seed{seed}"
 
 
 def second_stage(
@@ -122,7 +141,7 @@ def second_stage(
     recipe = replace(getattr(offramp.recipes, loss)(epochs=epochs or args.head_epochs, seed=seed), lr=0.02,
                      batch_size=8, weight_decay=1e-4, warmup=0.0, augment_pair=scale_crop_flip(crop=CROP),
                      views=args.views, loss_stride=4)
-    fit(args, net, pictures(args), recipe, f"{backbone}-{row}-seed{seed}-{loss}-{name}", **how)
+    fit(args, net, pictures(args), recipe, f"{stage(args, backbone, row, seed)}-{loss}-{name}", **how)
     return net
 
 
