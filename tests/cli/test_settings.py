@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from cli.test_cli import call, one_thread, refused  # noqa: F401
 from offramp.choose.plan import load_plan, save_plan
 from offramp.cli.folder import Run
-from offramp.cli.predict import images_of
+from offramp.cli.predict import _write_pictures, images_of
 from offramp.data.camvid import CAMVID_PALETTE
 from offramp.models import load_model
 from offramp.policies.thresholds import Thresholds
+from offramp.report.pictures import colours
 
 SETTINGS = ("budgeted", "anytime", "input_dependent")
 
@@ -127,6 +128,19 @@ def test_labels_of_a_huge_image_are_enlarged_themselves(run: Path, photos: Path,
         assert (np.asarray(labels) == wanted.numpy()).all()
 
 
+def test_labels_of_many_classes_are_numbers_of_16_bits_and_overlays_wear_their_colours(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (6, 5), (100, 100, 100)).save(photo)
+    wanted = torch.arange(30).view(5, 6) * 10
+    logits = F.one_hot(wanted, 300).permute(2, 0, 1).float()
+    painted = colours(300)
+    _write_pictures(logits, photo, tmp_path, "many", painted, True)
+    with Image.open(tmp_path / "many.png") as labels, Image.open(tmp_path / "overlays" / "many.jpg") as overlay:
+        assert (np.asarray(labels) == wanted.numpy()).all()
+        mixed = painted[wanted.numpy()].astype(float).mean((0, 1)) / 2 + 50
+        assert np.abs(np.asarray(overlay).astype(float).mean((0, 1)) - mixed).max() < 4
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_bench_times_what_the_setting_asks_for(setting: str, run: Path) -> None:
     exits = set_plan(run, setting)
@@ -138,7 +152,8 @@ def test_bench_times_what_the_setting_asks_for(setting: str, run: Path) -> None:
     assert names[:2] == ["untouched", mine]
     assert [n for n in names if n.startswith("anytime: first")] == (
         [f"anytime: first {name}" for name in exits] if setting == "anytime" else [])
-    assert any(n.startswith("static") for n in names) == (setting != "budgeted")
+    assert any(n.startswith("static") for n in names) == (setting != "budgeted") == ("static" in page["macs"])
+    assert {n.split(":")[0] for n in names} == set(page["macs"]), "what was timed has its MACs, and nothing else"
     wanted = table.costs.path(columns)
     assert page["macs"][mine] == {"budgeted": wanted[0], "anytime": wanted[-1], "input_dependent": wanted[0]}[setting]
 
@@ -146,5 +161,6 @@ def test_bench_times_what_the_setting_asks_for(setting: str, run: Path) -> None:
 def test_the_report_of_a_dense_run_shows_masks_and_smoothed_confidence(run: Path, tmp_path: Path) -> None:
     set_plan(run, "anytime")
     html = Path(call("report", run, "--out", tmp_path / "r.html").stdout.strip()).read_text()
-    for words in ("edges smoothed", "Class by class", "Which exit each image took", "Ever better answers"):
+    for words in ("edges smoothed", "Class by class", "Ever better answers", *(
+            f"#{bytes(colour).hex()}" for colour in CAMVID_PALETTE)):
         assert words in html, words

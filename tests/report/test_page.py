@@ -135,8 +135,8 @@ def test_pictures_keep_what_they_show() -> None:
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
 
     labels = torch.tensor([[0, 1], [2, 255]])
-    assert (pixels(label_png(labels, 3))[0, 0] == colours(3)[0]).all()
-    assert (pixels(label_png(labels, 3))[1, 1] == 128).all(), "void is grey"
+    assert (pixels(label_png(labels, colours(3)))[0, 0] == colours(3)[0]).all()
+    assert (pixels(label_png(labels, colours(3)))[1, 1] == 128).all(), "void is grey"
     image = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
     assert (pixels(image_png(image)) == image.permute(1, 2, 0).numpy()).all()
     dark, light = pixels(confidence_png(torch.tensor([[0.0, 1.0]])))[0]

@@ -57,8 +57,10 @@ def bench_run(
     if plan.setting == "anytime":
         networks[mine] = _until(fast, len(plan.exits))
         networks |= {f"anytime: first {name}": _until(fast, k) for k, name in enumerate(plan.exits)}
+    spent_by = {"untouched": float(table.costs.macs[-1]), mine: spent}
     if plan.setting != "budgeted":  # which is static itself
         networks[f"static: cut at {nearest}"] = CutAt(net, nearest)
+        spent_by["static"] = prices[nearest]
     data, rows, quiet_machine = run.source.split("test", labels=False), [], True
     with evaluating(net, net.backbone):
         for batch in batches:
@@ -72,7 +74,7 @@ def bench_run(
             rows += [_row(name, batch, time) for name, time in times.items()]
     page = {
         "format": "offramp.bench", "version": 1, "rows": rows,
-        "macs": {"untouched": float(table.costs.macs[-1]), mine: spent, "static": prices[nearest]},
+        "macs": spent_by,
         "setting": {"device": str(where), "engine": engine, "dtype": dtype or "float32",
                     "threads": torch.get_num_threads()},
         "machine": describe_machine(),

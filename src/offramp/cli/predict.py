@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from offramp.cli.folder import Run
 from offramp.cli.say import Steps
 from offramp.data import FileSplit
-from offramp.data.base import Faults, Palette
+from offramp.data.base import Faults
 from offramp.data.files import IMAGE_SUFFIXES, UNREADABLE, image_files
 from offramp.errors import DataError
 from offramp.nn.output import read_logits
-from offramp.report.pictures import colours
+from offramp.report.pictures import Bytes, colours
 from offramp.runtime import Adaptive, deploy
 from offramp.table import write_atomic
 
@@ -70,7 +70,7 @@ def predict_run(
     exits = [*plan.exits, "final"]
     folder = out if not out.suffix else out.parent
     pictures = _picture_names(data, folder) if dense else []
-    palette = run.source.palette or tuple(map(tuple, colours(net.num_classes).tolist()))
+    palette = colours(net.num_classes, run.source.palette)
     faults = Faults("offramp run", "images that can be read; the others are answered", UNREADABLE)
     rows: list[dict[str, Any]] = []
     loader = DataLoader(_Readable(data), batch_size=batch_size, collate_fn=list)
@@ -157,9 +157,9 @@ def _refuse_nan(logits: Tensor, names: list[str]) -> None:
                         where=names[int(bad.nonzero()[0])])
 
 
-def _write_pictures(logits: Tensor, file: Path, folder: Path, name: str, palette: Palette, overlay: bool
+def _write_pictures(logits: Tensor, file: Path, folder: Path, name: str, palette: Bytes, overlay: bool
                     ) -> dict[str, str]:
-    """Labels as a palette PNG, and the image under their colours, of pixel logits (K, h, w)."""
+    """Labels as a palette PNG (above 256 classes as numbers of 16 bits), and the image under their colours (K, 3)."""
     with Image.open(file) as picture:
         photo = picture.convert("RGB")
     size = photo.height, photo.width
@@ -167,15 +167,16 @@ def _write_pictures(logits: Tensor, file: Path, folder: Path, name: str, palette
         labels = F.interpolate(logits[None], size=size, mode="bilinear")[0].argmax(0)
     else:
         labels = F.interpolate(logits.argmax(0)[None, None].float(), size=size, mode="nearest-exact")[0, 0]
+    said = labels.numpy().astype(np.uint16)
     if logits.shape[0] <= 256:
-        painted = Image.fromarray(labels.numpy().astype(np.uint8), "P")
-        painted.putpalette([part for colour in palette for part in colour])
+        labelled = Image.fromarray(said.astype(np.uint8), "P")
+        labelled.putpalette(palette.flatten().tolist())
     else:
-        painted = Image.fromarray(labels.numpy().astype(np.uint16))
-    write_atomic(folder / f"{name}.png", _encoded(painted, "PNG"))
+        labelled = Image.fromarray(said)
+    write_atomic(folder / f"{name}.png", _encoded(labelled, "PNG"))
     if not overlay:
         return {"labels": f"{name}.png"}
-    mixed = Image.blend(photo, painted.convert("RGB"), 0.5)
+    mixed = Image.blend(photo, Image.fromarray(palette[said]), 0.5)
     write_atomic(folder / "overlays" / f"{name}.jpg", _encoded(mixed, "JPEG"))
     return {"labels": f"{name}.png", "overlay": f"overlays/{name}.jpg"}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.choose.replay import replay
+from offramp.choose.replay import Replay, replay
 from offramp.choose.search import search
 from offramp.errors import PlanError
 from offramp.report.measures import quality_of
@@ -33,6 +33,8 @@ class Point:
     high: float = float("nan")
     classes: tuple[float, ...] = ()
     """Dense: IoU of each class, NaN where it is in neither labels nor answers."""
+    latency_ms: float | None = None
+    """A sample, from the table, at the batch that the plan was searched for; None where none was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,11 @@ class Curve:
     static: tuple[Point, ...] = ()
     """Other static networks, measured elsewhere on the same split."""
 
+    @property
+    def clocked(self) -> bool:
+        """Whether every plan's latency is known."""
+        return all(one.latency_ms is not None for one in (*self.plans, self.chosen, self.backbone))
+
 
 def curve(
     fitted_on: ExitTable, test: ExitTable, plan: Plan, *, tolerances: Sequence[float] = TOLERANCES,
@@ -63,20 +70,24 @@ def curve(
             found = search(fitted_on, max_drop=tolerance, **asked)
         except PlanError:  # no exit speaks so well, where one must
             continue
-        point = _point(f"{100 * tolerance:g}", test, found)
+        point = _point(f"{100 * tolerance:g}", test, replay(test, found, batch=asked.get("batch", 1)))
         points.setdefault((point.macs, point.quality), point)
+    mine = replay(test, plan, batch=asked.get("batch", 1))
+    batch = mine.latency_batch
+    clocks = [None if batch is None else float(test.costs.path([e], "latency_ms", batch=batch)[0]) for e in range(last)]
     cut = tuple(
-        Point(name=name, macs=float(test.costs.path([e])[0]), quality=quality.mean(np.full(len(test), e)),
+        Point(name=name, macs=float(test.costs.path([e])[0]), latency_ms=clocks[e],
+              quality=quality.mean(np.full(len(test), e)),
               classes=quality.classes(np.full(len(test), e)))
         for e, name in enumerate(test.names[:-1])
     )
     low, high = quality.interval(np.full(len(test), last))
-    backbone = Point(name="untouched network", macs=float(test.costs.macs[-1]),
+    backbone = Point(name="untouched network", macs=float(test.costs.macs[-1]), latency_ms=mine.backbone_latency_ms,
                      quality=quality.mean(np.full(len(test), last)), low=low, high=high,
                      classes=quality.classes(np.full(len(test), last)))
     return Curve(
         quality=quality.name, plans=tuple(sorted(points.values(), key=lambda one: one.macs)),
-        chosen=_point("this plan", test, plan), backbone=backbone, cut=cut, static=tuple(static),
+        chosen=_point("this plan", test, mine), backbone=backbone, cut=cut, static=tuple(static),
     )
 
 
@@ -94,12 +105,11 @@ def static_at(curve: Curve, macs: float) -> float | None:
     return best
 
 
-def _point(name: str, test: ExitTable, plan: Plan) -> Point:
-    done, quality = replay(test, plan), quality_of(test)
-    column = done.column_of.numpy()
+def _point(name: str, test: ExitTable, done: Replay) -> Point:
+    quality, column, late = quality_of(test), done.column_of.numpy(), done.latency_ms
     low, high = quality.interval(column)
     return Point(name=name, macs=float(done.macs.mean()), quality=quality.mean(column), low=low, high=high,
-                 classes=quality.classes(column))
+                 classes=quality.classes(column), latency_ms=None if late is None else float(late.mean()))
 
 
 def _asked(plan: Plan, temperatures: Sequence[float] | None) -> dict[str, Any]:

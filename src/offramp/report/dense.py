@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from offramp.report.curve import Curve, Point
 from offramp.report.draw import legend
-from offramp.report.pictures import DenseExample, confidence_png, image_png, label_png
+from offramp.report.pictures import DenseExample, Palette, colours, confidence_png, image_png, label_png, picture
 from offramp.report.pictures import legend as class_legend
 from offramp.report.svg import macs, percent
 
@@ -22,19 +23,21 @@ _GOALS = (1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 def goals(curve: Curve) -> list[tuple[str, Point]]:
     """(words, point): the untouched network, the best plan at each cost goal that one meets, and this plan.
 
-    A goal is so many times fewer MACs than the untouched network (MESS, arXiv:2106.03527, Fig. 10, has
-    latency in its place).
+    A goal is so many times less latency than the untouched network's (MESS, arXiv:2106.03527, Fig. 10), or so many
+    times fewer MACs where the table has no latency.
     """
-    whole = curve.backbone.macs
+    unit, words = ("latency_ms", "× faster") if curve.clocked else ("macs", "× fewer")
+    cost = attrgetter(unit)
+    whole = cost(curve.backbone)
     found = [("untouched", curve.backbone)]
     for goal in _GOALS:
-        within = [one for one in (*curve.plans, curve.chosen) if one.macs * goal <= whole * (1 + 1e-9)]
+        within = [one for one in (*curve.plans, curve.chosen) if cost(one) * goal <= whole * (1 + 1e-9)]
         if within:
-            best = max(within, key=lambda one: (one.quality, -one.macs))
+            best = max(within, key=lambda one: (one.quality, -cost(one)))
             if best is not found[-1][1]:
-                found.append((f"{goal:g}× fewer", best))
+                found.append((f"{goal:g}{words}", best))
             else:  # the same plan meets the harder goal too
-                found[-1] = (f"{goal:g}× fewer", best)
+                found[-1] = (f"{goal:g}{words}", best)
     return [*found, ("this plan", curve.chosen)]
 
 
@@ -43,8 +46,6 @@ def class_table(report: "Report") -> str:
     columns = goals(report.curve)
     if report.plan.setting == "anytime":  # what may come by when is what its exits say
         columns = [columns[0], *((one.name, one) for one in report.curve.cut if one.name in report.plan.exits)]
-    if not report.curve.backbone.classes:
-        return ""
     names = report.test.class_names or tuple(map(str, range(report.test.num_classes)))
     whole = report.curve.backbone
 
@@ -57,7 +58,10 @@ def class_table(report: "Report") -> str:
         return (f'<td class="n" style="background:color-mix(in srgb,var(--{tint}) {share}%,transparent)" '
                 f'title="{100 * moved:+.1f} points">{100 * value:.1f}</td>')
 
-    head = "".join(f'<th class="n">{escape(words)}<br><small>{macs(one.macs)}</small></th>' for words, one in columns)
+    def spent(one: Point) -> str:
+        return f"{one.latency_ms:.3g} ms" if report.curve.clocked else macs(one.macs)
+
+    head = "".join(f'<th class="n">{escape(words)}<br><small>{spent(one)}</small></th>' for words, one in columns)
     rows = "".join(f"<tr><td>{escape(name)}</td>" + "".join(cell(one.classes[k], whole.classes[k])
                                                             for _, one in columns) + "</tr>"
                    for k, name in enumerate(names))
@@ -68,8 +72,6 @@ def class_table(report: "Report") -> str:
 
 def gallery(report: "Report", dataset: Any, each: int = 8) -> str:
     """Images by the exit that answered them, each exit's own in order of the split."""
-    from offramp.report.sections import picture
-
     left, parts = report.realised.exit_index, []
     for k, name in enumerate(report.realised.names):
         rows = (left == k).nonzero().flatten().tolist()
@@ -81,14 +83,14 @@ def gallery(report: "Report", dataset: Any, each: int = 8) -> str:
     return "".join(parts)
 
 
-def masks(report: "Report", examples: Sequence[DenseExample]) -> str:
+def masks(report: "Report", examples: Sequence[DenseExample], palette: Palette = ()) -> str:
     """Each exit's labels, and its confidence without and with Eqs. 8-9 of MESS."""
-    count, names = report.test.num_classes, [*report.plan.exits, "final"]
-    parts = [legend(class_legend(report.test.class_names, count))]
+    painted, names = colours(report.test.num_classes, palette), [*report.plan.exits, "final"]
+    parts = [legend(class_legend(report.test.class_names, painted))]
     for one in examples:
         rows = [[f'<figure><img alt="" src="{image_png(one.image)}">'
                  f"<figcaption>{escape(one.name)}</figcaption></figure>"],
-                [f'<figure><img alt="" src="{label_png(one.label, count)}"><figcaption>labels</figcaption></figure>'
+                [f'<figure><img alt="" src="{label_png(one.label, painted)}"><figcaption>labels</figcaption></figure>'
                  if one.label is not None else "<figure></figure>"]]
         kinds = [("sure", one.confidences)]
         if one.smoothed is not None:
@@ -97,7 +99,7 @@ def masks(report: "Report", examples: Sequence[DenseExample]) -> str:
         for e, name in enumerate(names):
             style = ' class="left"' if e == one.left_at else ""
             note = "answered here" if e == one.left_at else "not computed" if e > one.left_at else "passed on"
-            rows[0].append(f'<figure{style}><img alt="" src="{label_png(one.predictions[e], count)}">'
+            rows[0].append(f'<figure{style}><img alt="" src="{label_png(one.predictions[e], painted)}">'
                            f"<figcaption>{escape(name)}<br>{note}</figcaption></figure>")
             for row, (words, sure) in zip(rows[1:], kinds, strict=True):
                 row.append(f'<figure{style}><img alt="" src="{confidence_png(sure[e])}">'

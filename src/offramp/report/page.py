@@ -138,8 +138,9 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
         parts.append(section(
             "Class by class, goal by goal",
             ("IoU of each class as each exit speaks" if plan.setting == "anytime" else
-             "IoU of each class under the best plan of the curve that costs so many times fewer MACs than the "
-             "untouched network, and under this plan")
+             "IoU of each class under the best plan of the curve that "
+             + ("is so many times faster" if report.curve.clocked else "costs so many times fewer MACs")
+             + " than the untouched network, and under this plan")
             + "; red where a class loses against the untouched network, green where it gains.",
             class_table(report)))
     if plan.exits and plan.setting == "input_dependent":
@@ -163,10 +164,10 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
             + (": an image counts as better or worse when its share of right pixels moves by more than a tenth of a "
                "point." if is_dense else "."),
             f'<div class="card">{draw_categories(report.categories, is_dense)}</div>'))
-    if is_dense and dataset is not None:
+    if is_dense and dataset is not None and plan.setting == "input_dependent":
         parts.append(section("Which exit each image took", "Images spread over the split, by the exit that answered.",
                              gallery(report, dataset)))
-    parts += [samples(report, dataset), maps(report, dense), about(report)]
+    parts += [samples(report, dataset), maps(report, dense, getattr(dataset, "palette", ())), about(report)]
     body = "\n".join(part for part in parts if part)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (

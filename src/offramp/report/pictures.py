@@ -14,9 +14,11 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 
-__all__ = ["DenseExample", "colours", "confidence_png", "image_png", "label_png", "to_uint8"]
+__all__ = ["DenseExample", "colours", "confidence_png", "image_png", "label_png", "legend", "picture", "to_uint8"]
 
 Bytes = NDArray[np.uint8]
+Palette = Sequence[tuple[int, int, int]]
+"""(R, G, B) of each class; empty where nobody chose any."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,8 +46,11 @@ class DenseExample:
                                got=f"{tuple(self.confidences.shape)} and {self.left_at}")
 
 
-def colours(count: int) -> Bytes:
-    """K distinct colours (K, 3); the first eleven are for street scenes in CamVid's order."""
+def colours(count: int, palette: Palette = ()) -> Bytes:
+    """K distinct colours (K, 3): the data's palette where it has one, else our own, of which the first eleven are for
+    street scenes in CamVid's order."""
+    if len(palette) >= count:
+        return np.array(palette[:count], np.uint8).reshape(count, 3)
     street = ["#7fb2e5", "#a0522d", "#c9c2b4", "#80506e", "#f4a3c0", "#4f8f4a", "#e0b83f", "#5b6770", "#3949a3",
               "#d9433a", "#2bb0a5"]
     found = [tuple(int(one[i:i + 2], 16) for i in (1, 3, 5)) for one in street]
@@ -68,14 +73,23 @@ def to_uint8(image: Tensor) -> Tensor:
     return picture
 
 
+def picture(dataset: Any, index: int) -> Any:
+    """The image of a sample, uint8 where the dataset can give it so."""
+    if hasattr(dataset, "read"):
+        return dataset.read(index)[0]
+    sample = dataset[index]
+    return sample[0] if isinstance(sample, tuple | list) else sample
+
+
 def image_png(image: Tensor, width: int = 192) -> str:
     """As an ``<img>`` source."""
     return _uri(to_uint8(image).permute(1, 2, 0).numpy(), width)
 
 
-def label_png(labels: Tensor, classes: int, width: int = 192) -> str:
-    """Class colours; void is grey."""
-    palette = np.concatenate([colours(classes), np.array([[128, 128, 128]], np.uint8)])
+def label_png(labels: Tensor, painted: Bytes, width: int = 192) -> str:
+    """In the colours (K, 3) of the classes; void is grey."""
+    classes = len(painted)
+    palette = np.concatenate([painted, np.array([[128, 128, 128]], np.uint8)])
     index = labels.cpu().numpy()
     return _uri(palette[np.where((index >= 0) & (index < classes), index, classes)], width, nearest=True)
 
@@ -99,7 +113,7 @@ def _uri(pixels: Any, width: int, nearest: bool = False) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def legend(names: Sequence[str], count: int) -> list[tuple[str, str]]:
+def legend(names: Sequence[str], painted: Bytes) -> list[tuple[str, str]]:
     """(name, CSS colour) of each class."""
-    named = list(names) or [str(k) for k in range(count)]
-    return [(name, "#" + bytes(one).hex()) for name, one in zip(named, colours(count), strict=True)]
+    named = list(names) or [str(k) for k in range(len(painted))]
+    return [(name, "#" + bytes(one).hex()) for name, one in zip(named, painted, strict=True)]

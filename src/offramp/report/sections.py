@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, cast
 
 from offramp.report.dense import masks
-from offramp.report.pictures import DenseExample, image_png
+from offramp.report.pictures import DenseExample, Palette, image_png, picture
 from offramp.report.svg import macs, percent
 
 if TYPE_CHECKING:
@@ -151,14 +151,6 @@ def _share(value: object) -> str:
     return percent(value, 2) if isinstance(value, float) else "–"
 
 
-def picture(dataset: Any, index: int) -> Any:
-    """The image of a sample, uint8 where the dataset can give it so."""
-    if hasattr(dataset, "read"):
-        return dataset.read(index)[0]
-    sample = dataset[index]
-    return sample[0] if isinstance(sample, tuple | list) else sample
-
-
 def _caption(report: "Report", i: int) -> str:
     test, names = report.test, report.test.class_names
     k = int(report.realised.exit_index[i])
@@ -178,14 +170,14 @@ def _caption(report: "Report", i: int) -> str:
     return words
 
 
-def maps(report: "Report", examples: Sequence[DenseExample]) -> str:
-    """Per-exit predictions and confidence maps."""
+def maps(report: "Report", examples: Sequence[DenseExample], palette: Palette = ()) -> str:
+    """Per-exit predictions and confidence maps, in the data's colours."""
     if not examples:
         return ""
     say = "What each exit would say of an image, and how sure it is of each pixel (purple: not; pale yellow: fully), " \
           "below it with the pixels around borders of its own labels set to their neighbourhood's median. " \
           "The outlined exit gave the answer; later ones are shown for comparison and do not run."
-    return section("Exit by exit", say, masks(report, examples))
+    return section("Exit by exit", say, masks(report, examples, palette))
 
 
 def about(report: "Report") -> str:
