@@ -1,11 +1,14 @@
 """From scores and shares to thresholds (EENet, Algorithm 1), and budgets kept from below. N samples, E exits."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Thresholded", "geometric", "leave", "mean_cost", "thresholds_for", "within"]
+__all__ = [
+    "Thresholded", "between", "geometric", "leave", "mean_cost", "threshold_of", "thresholds_for", "within",
+]
 
 Thresholded = tuple[float | None, ...]
 """One an early exit; None: nobody leaves."""
@@ -29,9 +32,10 @@ def thresholds_for(scores: Tensor, shares: Tensor) -> Thresholded:
     """At each exit, of those not yet gone the surest ``floor(share * N)`` leave (EENet, Algorithm 1, lines 9-19).
 
     scores (N, E - 1), shares (E,) or (E - 1,). A quota of 0 disables the exit. Where we differ: at most the quota
-    leaves. Scores that are equal across the quota's edge stay together, on the side that keeps it; the threshold stands
-    midway between two observed scores, so that the last bit of one seldom flips a decision; and one that can let
-    nobody go is None.
+    leaves. Scores that are equal across the quota's edge stay together, on the side that keeps it, and what the quota
+    has left passes to the next exit (the paper parts equals by their place in the table, which no live sample has);
+    the threshold stands midway between two observed scores, so that the last bit of one seldom flips a decision; and
+    one that can let nobody go is None. The paper prints round(), which may exceed its shares.
 
     >>> thresholds_for(torch.tensor([[0.75], [0.5], [0.5], [0.1]]), torch.tensor([0.5]))
     (0.625,)
@@ -39,34 +43,38 @@ def thresholds_for(scores: Tensor, shares: Tensor) -> Thresholded:
     samples = len(scores)
     alive = torch.ones(samples, dtype=torch.bool)
     made: list[float | None] = []
+    owed = 0
     for e in range(scores.shape[1]):
-        quota = min(int(float(shares[e]) * samples + 1e-9), int(alive.sum()))
-        threshold = _above(scores[alive, e], quota)
+        quota = int(float(shares[e]) * samples + 1e-9)
+        threshold = threshold_of(scores[alive, e], quota + owed) if quota else None
         made.append(threshold)
+        left = int(alive.sum())
         if threshold is not None:
             alive &= scores[:, e] < threshold
+        owed = max(0, owed + quota - (left - int(alive.sum())))
     return tuple(made)
 
 
-def _above(scores: Tensor, quota: int) -> float | None:
-    """The lowest threshold that at most ``quota`` scores reach; None where that is nobody."""
+def threshold_of(scores: Tensor, quota: int) -> float | None:
+    """The lowest threshold that at most ``quota`` of the scores (n,) reach; None where that is nobody."""
     if quota <= 0 or not len(scores):
         return None
-    ranked = scores.double().sort(descending=True).values
+    ranked = scores.sort(descending=True).values
     if quota >= len(ranked):
         return float(ranked[-1]) - 1e-3
-    below = ranked[quota]
-    kept = ranked[:quota][ranked[:quota] > below]
-    if not len(kept):
-        return None
-    middle = float(kept[-1] + below) / 2
-    return middle if middle > float(below) else float(kept[-1])
+    kept = ranked[:quota][ranked[:quota] > ranked[quota]]
+    return between(ranked[quota], kept[-1]) if len(kept) else None
+
+
+def between(below: Tensor, above: Tensor) -> float:
+    """A threshold that parts two observed scores: their middle, or ``above`` where their type has nothing between."""
+    middle = below + (above - below) / 2  # rounded as the scores are, which a comparison would do anyway
+    return float(middle if bool(middle > below) else above)
 
 
 def geometric(ratio: float, exits: int) -> Tensor:
-    """Shares (E,) proportional to ratio^k, k = 0 ... E - 1, as MSDNet takes them (arXiv:1703.09844, 4.2)."""
-    shares = torch.tensor([ratio**k for k in range(exits)], dtype=torch.float64)
-    return shares / shares.sum()
+    """Shares (E,) proportional to ratio^k, k = 0 ... E - 1, ratio > 0, as MSDNet takes them (arXiv:1703.09844, 4.2)."""
+    return (torch.arange(exits, dtype=torch.float64) * math.log(ratio)).softmax(dim=0)  # ratio^k itself would overflow
 
 
 def within(budget: float, family: Callable[[float], Sequence[float | None]], spent: Callable[[Thresholded], float],

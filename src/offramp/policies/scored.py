@@ -14,8 +14,10 @@ __all__ = ["Scored", "checked", "leave_above"]
 class Scored(Protocol):
     """A policy whose rows leave where ``score >= threshold``; what a scheduler fits thresholds to."""
 
-    thresholds: tuple[float | None, ...]
-    """One an exit, the backbone left out; None: no row leaves."""
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        """One an exit, the backbone left out; None: no row leaves."""
+        ...
 
     def score(self, exit_index: int, evidence: Evidence) -> Tensor:
         """What is held against the threshold: (n,), larger leaves sooner."""
