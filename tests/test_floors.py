@@ -13,7 +13,9 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "types": set(), "errors": set(), "_extras": set(), "_specs": set(),
     # the evidence wing: tensors and numbers, never an nn.Module
     "functional": set(), "table": set(), "policies": {"functional", "table"},
-    "choose": {"functional", "table", "policies"}, "report": {"functional", "table", "policies", "choose", "cost"},
+    # choose times what a policy takes to decide with the clock that times the heads it decides after
+    "choose": {"functional", "table", "policies", "cost"},
+    "report": {"functional", "table", "policies", "choose", "cost"},
     # the model wing
     "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": set(), "models": set(),
     "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},

@@ -1,16 +1,17 @@
 """Obey a plan on a table: who leaves where, how right they are, what it costs. N samples, m chosen columns."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.errors import PlanError
 from offramp.functional.metrics import mean_iou
 from offramp.policies.scored import checked
-from offramp.table import ExitTable
+from offramp.table import ExitTable, Unit
 from offramp.types import Plan, Setting
 
 __all__ = ["Replay", "replay"]
@@ -33,6 +34,9 @@ class Replay:
     """What a report must warn of."""
     setting: Setting = "input_dependent"
     """The plan's, which says what its costs mean."""
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    """Of a plan fitted to a budget: its ``unit`` and ``batch``, and the mean cost a sample that was ``asked``,
+    ``planned`` (on the samples that it was fitted on) and ``realised`` on these; else empty."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,6 +144,13 @@ class Replay:
             return None
         return self.table.costs.at(batch=self.latency_batch).dense_p50_ms / self.latency_batch
 
+    def cost(self, unit: Unit, *, batch: int = 1, decision_ms: Sequence[float] = ()) -> Tensor:
+        """(N,) float64 a sample; of latency_ms with what a policy adds at each exit that a sample passes."""
+        path = self.table.costs.path(self.columns, unit, batch=batch)
+        if unit == "latency_ms" and len(decision_ms):
+            path = path + np.cumsum([*decision_ms, 0.0])
+        return torch.from_numpy(path)[self.exit_index]
+
     def bytes_of(self, unit: Literal["param_bytes", "peak_bytes"]) -> int:
         """What the plan's network holds: ``budgeted`` without what lies deeper than its exit (MESS, Table 1)."""
         return int(self.table.costs.price(self.columns, unit, setting=self.setting))
@@ -195,7 +206,7 @@ def columns_of(table: ExitTable, exits: Sequence[str]) -> tuple[int, ...]:
 def replay(table: ExitTable, plan: Plan, *, batch: int = 1) -> Replay:
     """Let the plan's policy decide on every sample, exit by exit, as the runtime does, with the same arithmetic.
 
-    Notes say when the plan was fitted on this very split, or for another network or on other data.
+    Notes say when the plan was fitted on this very split, and when its budget is exceeded here.
     ``batch`` picks the measured latency; where that batch was not measured, ``latency_ms`` is None.
     """
     if plan.task != table.task:
@@ -220,5 +231,26 @@ def replay(table: ExitTable, plan: Plan, *, batch: int = 1) -> Replay:
         exit_index[alive[leaves]] = k
         alive = alive[~leaves]
     measured = any(one.batch == batch for one in table.costs.latency)
-    return Replay(table=table, exit_index=exit_index, columns=columns, latency_batch=batch if measured else None,
+    done = Replay(table=table, exit_index=exit_index, columns=columns, latency_batch=batch if measured else None,
                   notes=tuple(notes), setting=plan.setting)
+    return _held(done, plan)
+
+
+def _held(done: Replay, plan: Plan) -> Replay:
+    """Held against the plan's budget, where it has one."""
+    asked, unit, batch = plan.asked.get("budget"), plan.asked.get("unit"), plan.asked.get("batch", 1)
+    if not isinstance(asked, int | float) or unit not in ("macs", "latency_ms") or not len(done.table):
+        return done
+    if unit == "latency_ms" and all(one.batch != batch for one in done.table.costs.latency):
+        note = f"This table has no times at batch {batch}: the budget of {asked:g} {unit} cannot be held against it."
+        return replace(done, notes=(*done.notes, note))
+    paid = done.cost(unit, batch=batch, decision_ms=plan.predicted.get("decision_ms", ()))
+    planned, realised = plan.predicted.get("cost"), float(paid.mean())
+    budget = {"unit": unit, "batch": batch, "asked": float(asked), "planned": planned, "realised": realised}
+    if realised <= asked * (1 + 1e-9):
+        return replace(done, budget=budget)
+    error = float(paid.std()) / len(paid) ** 0.5 if len(paid) > 1 else float("nan")
+    note = (f"The budget is exceeded here: {realised:.6g} {unit} a sample, {realised / asked - 1:.2%} over the "
+            f"{asked:.6g} asked (standard error {error / asked:.2%}"
+            + ("" if planned is None else f"; planned {planned:.6g}") + ").")
+    return replace(done, notes=(*done.notes, note), budget=budget)
