@@ -26,6 +26,7 @@ class _Policy(BaseModel):
     type: str
     version: int
     data: dict[str, Any]
+    parts: list["_Policy"] = []
 
 
 class _Page(BaseModel):
@@ -48,7 +49,8 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
     """Write a plan as one JSON page, whole or not at all.
 
     A policy of your own is kept when it is a dataclass of JSON values, or has ``to_json() -> dict`` and a class method
-    ``from_json(data)``; ``version`` on the class (default 1) is kept beside it.
+    ``from_json(data)``; ``version`` on the class (default 1) is kept beside it. One that holds other policies has
+    ``parts``, a tuple of them, which are written the same way, and ``from_json(data, parts)``.
     """
     return write_atomic(path, json.dumps(plan_to_json(plan), indent=1, allow_nan=False) + "\n")
 
@@ -60,10 +62,9 @@ def load_plan(path: Path | str, known: Sequence[type] = ()) -> Plan:
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """A plan as a page of JSON values."""
-    policy = plan.policy
     page = {
         "format": _FORMAT, "version": _VERSION, "exits": list(plan.exits), "task": plan.task, "split": plan.split,
-        "policy": {"type": type(policy).__name__, "version": _version(type(policy)), "data": _data(policy)},
+        "policy": _written(plan.policy),
         "predicted": dict(plan.predicted), "asked": dict(plan.asked), "fingerprints": dict(plan.fingerprints),
         "notes": list(plan.notes), "setting": plan.setting, "certificate": dict(plan.certificate),
     }
@@ -87,30 +88,45 @@ def plan_from_json(record: Any, path: str, known: Sequence[type] = ()) -> Plan:
                               got=f"version {page.version} in {path}",
                               todo="upgrade offramp: the file was written by a later one.")
     allowed = {kind.__name__: kind for kind in (*known, *_OURS)}
-    kind = allowed.get(page.policy.type)
-    if kind is None:
-        raise FileFormatError(
-            expected=f"a policy among {', '.join(allowed)}", got=repr(page.policy.type), where="load_plan()",
-            todo="pass its class: load_plan(path, known=(MyPolicy,)).",
-        )
-    if page.policy.version > _version(kind):
-        raise FileFormatError(expected=f"{kind.__name__} of version {_version(kind)} or older",
-                              got=f"version {page.policy.version}", where="load_plan()", todo="upgrade its package.")
-    try:
-        policy = kind.from_json(page.policy.data) if hasattr(kind, "from_json") else kind(**page.policy.data)
-        if not isinstance(policy, Policy):
-            raise TypeError(f"{kind.__name__} has no decide()")
-        thresholds = getattr(policy, "thresholds", page.exits)
-        if len(thresholds) != len(page.exits):
-            raise ValueError(f"{len(thresholds)} thresholds for {len(page.exits)} exits")
-    except (TypeError, ValueError, KeyError) as error:
-        raise FileFormatError(expected=f"a whole {kind.__name__}", got=f"{path}: {error}",
-                              where="load_plan()") from error
+    policy = _revived(page.policy, allowed, page.exits, path)
     return Plan(
         exits=tuple(page.exits), policy=policy, task=page.task, predicted=page.predicted, asked=page.asked,
         fingerprints=page.fingerprints, split=page.split, notes=tuple(page.notes), setting=page.setting,
         certificate=page.certificate,
     )
+
+
+def _written(policy: object) -> dict[str, Any]:
+    written = {"type": type(policy).__name__, "version": _version(type(policy)), "data": _data(policy)}
+    parts = getattr(policy, "parts", ())
+    return {**written, "parts": [_written(part) for part in parts]} if parts else written
+
+
+def _revived(page: _Policy, allowed: Mapping[str, Any], exits: Sequence[str], path: str) -> Policy:
+    kind = allowed.get(page.type)
+    if kind is None:
+        raise FileFormatError(
+            expected=f"a policy among {', '.join(allowed)}", got=repr(page.type), where="load_plan()",
+            todo="pass its class: load_plan(path, known=(MyPolicy,)).",
+        )
+    if page.version > _version(kind):
+        raise FileFormatError(expected=f"{kind.__name__} of version {_version(kind)} or older",
+                              got=f"version {page.version}", where="load_plan()", todo="upgrade its package.")
+    parts = [_revived(part, allowed, exits, path) for part in page.parts]
+    try:
+        if parts:
+            policy = kind.from_json(page.data, parts)
+        else:
+            policy = kind.from_json(page.data) if hasattr(kind, "from_json") else kind(**page.data)
+        if not isinstance(policy, Policy):
+            raise TypeError(f"{kind.__name__} has no decide()")
+        thresholds = getattr(policy, "thresholds", exits)
+        if len(thresholds) != len(exits):
+            raise ValueError(f"{len(thresholds)} thresholds for {len(exits)} exits")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FileFormatError(expected=f"a whole {kind.__name__}", got=f"{path}: {error}",
+                              where="load_plan()") from error
+    return policy
 
 
 def _version(kind: type) -> int:
