@@ -21,9 +21,10 @@ from offramp.runtime import anytime
 from offramp.runtime._evidence import Gather, gather_for
 from offramp.runtime._legs import Build, Engine, Leg, Legs, build_legs
 from offramp.runtime._output import Assembly, rows_of
+from offramp.runtime._passing import Passing
 from offramp.runtime._shrink import Crossover, Shrinker
 from offramp.runtime.budgeted import cut_short
-from offramp.types import Plan
+from offramp.types import Plan, Policy
 
 __all__ = ["Adaptive", "Answer", "deploy"]
 
@@ -150,6 +151,13 @@ class Adaptive(nn.Module):
         return self._run(state), state.rows
 
     def _run(self, state: State) -> Iterator[_Piece]:
+        turn = Passing(self.plan, state.rows)
+        try:
+            yield from self._steps(state, turn)
+        finally:  # also where the caller stops listening, or an input is refused
+            turn.end()
+
+    def _steps(self, state: State, turn: Passing) -> Iterator[_Piece]:
         rows: Tensor | None = None  # places in the call of the undecided rows; None: all of them, in order
         alive: Tensor | None = None  # their places in the state; None: the state holds no others
         parts: list[Any] = []  # what each exit so far said of them
@@ -163,8 +171,9 @@ class Adaptive(nn.Module):
                 state, logits, score = leg.run(state)
                 if alive is not None:
                     logits, score = logits[alive], None if score is None else score[alive]
-                leaves = self.ask(k, logits, score, parts)
+                leaves = self.ask(k, logits, score, parts, turn.policy)
                 count = int(leaves.sum())
+                turn.left(k, count)
                 if count == 0:
                     continue
                 output = self.answer(logits)
@@ -189,9 +198,10 @@ class Adaptive(nn.Module):
                     alive = places
         with torch.inference_mode():
             output = self._legs[-1].only_stage(state)
+        turn.reached = len(self._legs) - 1
         yield _Piece(rows, alive, output, len(self._legs) - 1)
 
-    def ask(self, k: int, logits: Tensor, score: Tensor | None, parts: list[Any]) -> Tensor:
+    def ask(self, k: int, logits: Tensor, score: Tensor | None, parts: list[Any], policy: Policy) -> Tensor:
         """Which of the undecided rows leave at exit k (m,) bool; ``parts`` is what earlier exits said of them."""
         gather, total = self.gather, len(logits)
         if total == 0:  # an empty call goes through to the end, where the network itself says what nothing looks like
@@ -200,7 +210,7 @@ class Adaptive(nn.Module):
             parts.append(gather.read(logits, k))
         else:
             parts.append(gather.read_score(score, k))
-        leaves = self.plan.policy.decide(k, gather.join(parts))
+        leaves = policy.decide(k, gather.join(parts))
         if leaves.dtype != torch.bool or tuple(leaves.shape) != (total,):
             raise PlanError(expected=f"bool ({total},) from the policy", where=f"exit {self.plan.exits[k]!r}",
                             got=f"{leaves.dtype} {tuple(leaves.shape)}", todo="give one True or False a row.")

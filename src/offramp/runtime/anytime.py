@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from offramp.errors import OfframpError
 from offramp.graph import State
 from offramp.runtime._output import rows_of
+from offramp.runtime._passing import Passing
 
 if TYPE_CHECKING:
     from offramp.runtime.adaptive import Adaptive
@@ -92,6 +93,15 @@ class Anytime(Iterator[Refined]):
 
 def _refine(fast: "Adaptive", state: Any, deadline_ms: float | None, start: float, stopped: threading.Event
             ) -> Iterator[Refined]:
+    turn = Passing(fast.plan, state.rows)
+    try:
+        yield from _steps(fast, state, deadline_ms, start, stopped, turn)
+    finally:
+        turn.end()
+
+
+def _steps(fast: "Adaptive", state: Any, deadline_ms: float | None, start: float, stopped: threading.Event,
+           turn: Passing) -> Iterator[Refined]:
     count, pace, spent, work = state.rows, fast.pace, 0.0, 0.0
     whole, exits = None, torch.zeros(count, dtype=torch.int64)
     rows: Tensor | None = None  # as in Adaptive: places of the unsettled rows in the call, and in the state
@@ -107,13 +117,15 @@ def _refine(fast: "Adaptive", state: Any, deadline_ms: float | None, start: floa
         with torch.inference_mode():
             if leg.head is None:
                 output = leg.only_stage(state)
+                turn.reached = k
             else:
                 state, logits, score = leg.run(state)
                 output = fast.answer(logits)
                 if fast.plan.setting == "input_dependent" and count:
                     if alive is not None:
                         logits, score = logits[alive], None if score is None else score[alive]
-                    leaves = fast.ask(k, logits, score, parts)
+                    leaves = fast.ask(k, logits, score, parts, turn.policy)
+                    turn.left(k, int(leaves.sum()))
             if rows is None:
                 whole, exits = output, torch.full((count,), k)
             else:
