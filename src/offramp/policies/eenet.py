@@ -6,7 +6,7 @@ n rows, N samples, E exits, j of them passed, K classes.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal, final
 
 import torch
@@ -185,6 +185,7 @@ class EENet:
         early = range(lesson.exits - 1)
         learned = self._learner(course_of(lesson))
 
+        @cache
         def at(budget: float) -> EENetPolicy:
             weights, shares = learned(lesson.feasible(budget))
             open_ = EENetPolicy(weights=weights, thresholds=(None,) * len(early))
@@ -216,6 +217,7 @@ class EENet:
             start.append(psi)
         learned = self._learner(Course(inputs=tuple(inputs), start=tuple(start), right=right, cost=cost.double()))
 
+        @cache
         def at(budget: float) -> FeaturePolicy:
             if not budget >= float(cost[0]) * (1 - 1e-9):
                 raise PlanError(expected=f"a budget of at least {float(cost[0]):g}, the cost of the first exit",

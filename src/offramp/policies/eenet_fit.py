@@ -143,31 +143,34 @@ def fit_scores(course: Course, weight: Tensor, weights: Sequence[Tensor], *, spr
 
 
 def assign(course: Course, scores: Tensor, budget: float, *, beta: float, alpha_cost: float, hidden: float, seed: int,
-           epochs: int = 60, patience: int = 6, batch: int = 1024, rate: float = 0.01) -> Tensor:
+           epochs: int = 60, patience: int = 8, batch: int = 1024, rate: float = 0.01) -> Tensor:
     """Assignments (N, E) that ``h``, a two-layer MLP an exit, learns from clamped ``scores`` (N, E) for a budget.
 
     Each reads what its exit's score reads; ``hidden`` times as many units. The network itself is not kept: what a
     policy needs of it are the mean shares. Where we differ: batches of 1,024 by Adam at 0.01 with a falling rate, at
-    most 60 epochs, the best one kept; inputs stand at zero mean, and the last layer starts at 0: all exits equal.
+    most 60 epochs, the best one kept; inputs stand at zero mean, and the last layer starts at the mean target, tilted
+    to the budget: every budget is met from the first step on, the ends of the range too.
     """
     draw = torch.Generator().manual_seed(seed)
     wanted = target(scores, beta).float()
-    cost, budget = (course.cost / course.cost[-1]).float(), float(budget / course.cost[-1])
     rows = [torch.cat([inputs, scores[:, : len(start) - inputs.shape[1]].float()], dim=1)
             for inputs, start in zip(course.inputs, course.start, strict=True)]
     rows = [one - one.mean(dim=0) for one in rows]
+    shares, scaled = wanted.double().mean(dim=0), (course.cost - course.cost[0]) / (course.cost[-1] - course.cost[0])
+    met = _tilt(shares, scaled, (budget - float(course.cost[0])) / float(course.cost[-1] - course.cost[0]))
     layers: list[tuple[Tensor, ...]] = []
-    for one in rows:
+    for e, one in enumerate(rows):
         wide = one.shape[1]
         units = max(2, round(hidden * wide))
         layers.append(((torch.rand(wide, units, generator=draw) * 2 - 1) * math.sqrt(6 / wide),
-                       torch.zeros(units), torch.zeros(units, 1), torch.zeros(1)))
+                       torch.zeros(units), torch.zeros(units, 1), met[e].float().reshape(1)))
     numbers = [tensor.requires_grad_() for layer in layers for tensor in layer]
 
     def raw(of: Tensor | slice) -> Tensor:
         return torch.cat([torch.addmm(d, torch.addmm(b, one[of], a).relu(), c)
                           for one, (a, b, c, d) in zip(rows, layers, strict=True)], dim=1)
 
+    cost = course.cost.float()
     search = torch.optim.Adam(numbers, lr=rate)
     falls = torch.optim.lr_scheduler.CosineAnnealingLR(search, epochs, eta_min=rate / 20)
     best, least, waited = torch.zeros_like(wanted), math.inf, 0
@@ -186,6 +189,16 @@ def assign(course: Course, scores: Tensor, budget: float, *, beta: float, alpha_
         if waited >= patience:
             break
     return best.double().softmax(dim=1)
+
+
+def _tilt(shares: Tensor, scaled: Tensor, wanted: float) -> Tensor:
+    """log(p_k) + t c_k for the t at which the mean of the costs, scaled to [0, 1], is the one wanted."""
+    low, high = -100.0, 100.0
+    for _ in range(50):
+        t = (low + high) / 2
+        below = float((shares.log() + t * scaled).softmax(dim=0) @ scaled) < wanted
+        low, high = (t, high) if below else (low, t)
+    return (shares.log() + low * scaled).log_softmax(dim=0)
 
 
 # ---- thresholds -----------------------------------------------------------------------------------------------
