@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.choose.bound import Bounds, Lists, Scene, filter_lists
+from offramp.choose.climb import moves
 from offramp.choose.goal import Goal, Ledger
 from offramp.choose.space import Space
 from offramp.table.payload import quality
@@ -28,7 +29,8 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Chosen = tuple[tuple[int, int], ...]
 """(column, set) of each exit in order of depth."""
-_GROUPS, _EACH, _HEADS, _ALIKE, _LOOKING = 128, 4_000, 0.1, 8, 0.15
+_GROUPS, _EACH, _HEADS, _ALIKE = 128, 4_000, 0.1, 8
+_LOOKING, _THIN, _STARTS = 0.2, 16, 8
 _TIE = 1e-9  # plans closer than this share of the objective count as equal
 
 
@@ -323,73 +325,59 @@ class _Hunt:
     # ---- a plan to beat -------------------------------------------------------------------------------------------
 
     def explore(self) -> None:
-        """Move one exit at a time for the least cost - price * quality, at several prices; on a thinned list first."""
-        step = max(1, len(self.size) // 2000)
-        thin = [one[::step] for one in self.of_site]
+        """Climb from nothing at several prices for each choice of sites, on a few candidates; from the best, on all."""
+        thin = [one[::_THIN] for one in self.of_site]
+        sites = [s for s, one in enumerate(thin) if len(one)]
         asked = self.terms()[1]
-        prices = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0) if np.isfinite(asked) else (0.0,)
-        enough = prices[-1]
-        for worth in reversed(prices):
-            best = -np.inf
-            for first in range(0, len(thin), 2):
-                plan: list[int] = []
-                if self.ledger.spent > _LOOKING:
-                    break
-                for _ in range(4):
-                    before = list(plan)
-                    for k in range(len(thin)):
-                        plan = self.respond(plan, (first + k) % len(thin), thin, worth)
-                    if plan == before:
-                        break
-                best = max(best, self.reached(plan)[1])
-            if best >= asked:  # the quality asked for is bought at this price and not at the next lower one
-                enough = worth
-        self.price = enough
-        for _ in range(4):
-            before_value = self.best
-            for s in range(len(thin)):
-                if self.ledger.spent < 2 * _LOOKING:
-                    self.respond(list(self.found or ()), s, self.of_site, self.price)
-            if self.best == before_value:
+        starts: set[tuple[int, ...]] = set()
+        self.price = 24.0
+        for worth in (24.0, 16.0, 12.0, 8.0, 4.0, 2.0, 1.0) if np.isfinite(asked) else (0.0,):
+            plans = {self.climb((), chosen, thin, _LOOKING / 3, worth)[1]
+                     for chosen in itertools.combinations(sites, min(self.max_exits, len(sites)))}
+            bought = {plan for plan in plans if self.reached(plan)[1] >= asked}
+            starts |= bought
+            if not bought or self.ledger.spent > _LOOKING / 3:
                 break
+            self.price = worth  # the lowest that still buys the quality asked for is where bounds begin
+        climbed = {self.climb(plan, sites, thin, _LOOKING * 2 / 3) for plan in starts}
+        for _, plan in sorted(climbed)[:_STARTS]:
+            self.climb(plan, sites, self.of_site, _LOOKING)
+        self.climb(self.found or (), sites, self.of_site, _LOOKING)
         self.near = self.reached(self.found or ())[0]
 
-    def respond(self, plan: list[int], s: int, lists: Sequence[Ints], worth: float) -> list[int]:
-        """The best exit of one site, or none, the others fixed; what meets the goal on the way is offered."""
-        scene, ids = self.scene, lists[s]
-        others = [c for c in plan if self.site[c] != s]
-        if len(others) >= self.max_exits or not len(ids):
-            return plan
-        where = np.full(self.samples, self.space.exits)
-        gone = np.zeros(self.samples, bool)
-        spent = np.zeros(len(scene.body))
-        passed = upto = 0.0
-        for c in others:
-            passed += scene.head[scene.column[c]]
-            spent[scene.column[c]] = scene.body[scene.column[c]] + passed
-            if self.site[c] < s:
-                gone |= scene.inside[c]
-                upto = passed
-        for c in reversed(others):
-            where[scene.inside[c]] = scene.column[c]
-        spent[-1] = 1 + passed
-        paid, now = spent[where], scene.pay[where, np.arange(self.samples)]
-        change = np.empty((len(ids), now.shape[1] + 1))
-        columns = scene.column[ids]
-        for e in np.unique(columns):
-            rows = np.flatnonzero(columns == e)
-            turn = np.concatenate([scene.pay[e] - now, (scene.body[e] + upto - paid)[:, None]], axis=1) * ~gone[:, None]
-            change[rows] = scene.inside[ids[rows]].astype(np.float32) @ turn.astype(np.float32)
-        total, half = now.sum(axis=0, dtype=np.float64), now.shape[1] // 2
-        cost = (paid.sum() + change[:, -1]) / self.samples + scene.head[columns] * (~gone).mean()
-        sums = total + change[:, :-1]
+    def climb(self, plan: tuple[int, ...], sites: Sequence[int], lists: Sequence[Ints], until: float,
+              worth: float | None = None) -> tuple[float, tuple[int, ...]]:
+        """(score, plan): add, drop or move one exit at a time as long as that lowers cost - ``worth`` * quality.
+
+        Without ``worth``: as long as it lowers the objective under the constraints. ``until``: a share of the time.
+        """
+        score, better = np.inf, True
+        if plan:
+            score, plan = self.step(plan[:-1], np.array(plan[-1:]), worth)
+        while better and self.ledger.spent <= until:
+            better = False
+            for gone, s in itertools.product((None, *plan), sites):
+                rest = tuple(c for c in plan if c != gone)
+                if len(rest) < self.max_exits and s not in self.site[list(rest)]:
+                    found, other = self.step(rest, lists[s], worth)
+                    if found < score - 0.5:  # sums are of float32
+                        score, plan, better = found, other, True
+                        break
+        return score, plan
+
+    def step(self, rest: tuple[int, ...], ids: Ints, worth: float | None) -> tuple[float, tuple[int, ...]]:
+        """(score, plan) of the best that one of ``ids``, or none, makes of ``rest``."""
+        cost, sums = moves(self.scene, rest, ids)
+        half = sums.shape[1] // 2
         reached = quality(sums[:, :half], sums[:, half:])
-        budget, asked = self.terms()
-        fits = (reached >= asked) & (cost <= (budget if self.of_cost else np.inf))
-        if fits.any():
+        if worth is not None:
+            score = cost - worth * reached
+        else:
+            most = self.goal.limits.get(str(self.unit), np.inf) / self.scale
+            fits = (reached >= self.goal.min_quality) & (cost <= most)
             score = np.where(fits, -reached if self.goal.minimise == "drop" else cost, np.inf)
-            self.offer(np.array([sorted([*others, int(ids[score.argmin()])])]))
-        value = cost - worth * reached
-        if value.min() < paid.mean() - worth * float(quality(total[:half], total[half:])) - 1e-9:
-            return sorted([*others, int(ids[value.argmin()])])
-        return others
+        best = int(score.argmin())
+        plan = rest if best == len(ids) else tuple(sorted((*rest, int(ids[best]))))
+        if worth is None and np.isfinite(score[best]):
+            self.offer(np.array([plan], np.int64).reshape(1, -1))
+        return float(score[best]), plan
