@@ -360,7 +360,7 @@ class _Hunt:
                 rest = tuple(c for c in plan if c != gone)
                 if len(rest) < self.max_exits and s not in self.site[list(rest)]:
                     found, other = self.step(rest, lists[s], worth)
-                    if found < score - 0.5:  # sums are of float32
+                    if found < score - 1e-7:  # sums are of float32
                         score, plan, better = found, other, True
                         break
         return score, plan
