@@ -78,25 +78,30 @@ def geometric(ratio: float, exits: int) -> Tensor:
 
 
 def within(budget: float, family: Callable[[float], Sequence[float | None]], spent: Callable[[Thresholded], float],
-           *, low: float, high: float, steps: int = 60) -> Thresholded:
+           *, low: float, high: float, looks: int = 24, steps: int = 50) -> Thresholded:
     """The dearest member of a family that keeps the budget: ``low`` is its cheapest end, ``high`` its dearest.
 
-    Bisection; where costs do not rise all along, the dearest one *seen* that keeps the budget, and never the
-    first above it (MSDNet's public code takes that). The cheap end is taken to keep it.
+    A look at some members, then bisection above the dearest of them that keeps it; where costs do not rise all along,
+    as where scores are equal, the dearest one *seen*, and never the first above the budget (MSDNet's public code takes
+    that). The cheap end is taken to keep it.
     """
-    best = tuple(family(high))
-    if spent(best) <= budget * (1 + 1e-12):
+    most = budget * (1 + 1e-12)
+    places = [low + (high - low) * look / looks for look in range(looks)] + [high]
+    seen = [tuple(family(place)) for place in places]
+    costs = [spent(one) for one in seen]
+    at = max((cost, look) for look, cost in enumerate(costs) if look == 0 or cost <= most)[1]
+    best, cost = seen[at], costs[at]
+    if at == looks:
         return best
-    best = tuple(family(low))
-    most = spent(best)
+    low, high = places[at], places[at + 1]
     for _ in range(steps):
         middle = (low + high) / 2
         found = tuple(family(middle))
-        cost = spent(found)
-        if cost <= budget * (1 + 1e-12):
+        paid = spent(found)
+        if paid <= most:
             low = middle
-            if cost >= most:
-                best, most = found, cost
+            if paid >= cost:
+                best, cost = found, paid
         else:
             high = middle
     return best

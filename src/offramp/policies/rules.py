@@ -30,8 +30,7 @@ __all__ = [
 class Agreement:
     """Leave where enough of the exits passed name this one's class; dense: on enough of the pixels.
 
-    ``by="vote"``: their share (EENet, Eq. 4, which counts the commonest class instead: that may be another than the
-    one this exit answers). ``by="repeats"``: how many in a row, this one counted.
+    ``by="vote"``: their share. ``by="repeats"``: how many in a row, this one counted. Of pixels, ``Signals`` says.
     """
 
     by: Literal["vote", "repeats"] = "vote"
@@ -131,10 +130,10 @@ class Geometric:
         """``at(budget)`` is a policy whose mean cost on the lesson's samples is at most the budget."""
         scores = scores_of(_rule(self.confidence, (None,) * (lesson.exits - 1)), lesson)
 
-        def family(log_ratio: float) -> Thresholded:
-            return thresholds_for(scores, geometric(math.exp(log_ratio), lesson.exits))
+        def family(place: float) -> Thresholded:  # denser where the ratio is about 1
+            return thresholds_for(scores, geometric(math.exp(40 * place**3), lesson.exits))
 
-        spend = spending(lesson, scores, family, low=-40, high=40)
+        spend = spending(lesson, scores, family, low=-1, high=1)
         return lambda budget: _rule(self.confidence, spend(budget))
 
 

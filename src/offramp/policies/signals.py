@@ -25,7 +25,8 @@ class Signals:
     entropy: Tensor
     """1 + sum p log p / log K."""
     vote: Tensor
-    """The share of the exits passed, this one among them, that name this one's class."""
+    """The share of the exits passed, this one among them, that name this one's class; EENet (Eq. 4) counts the
+    commonest class, which this exit's answer need not be."""
     repeats: Tensor
     """How many exits in a row, this one the last, name one class: PABEE's count, from 1; dense: by pixel, the mean of
     the share that agrees, as only pairs of exits are known."""
