@@ -1,6 +1,7 @@
 """Budgets met while the samples change, and how far a stream can stray."""
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -105,23 +106,30 @@ def test_the_bound_is_reached_by_those_who_always_or_never_leave() -> None:
 
 
 def test_policies_take_turns_by_what_was_spent() -> None:
-    one = switch(horizon=100)
-    cuts = {id(policy): cut for policy, cut in zip(one.policies, (0.9, 0.7, 0.5, 0.4), strict=True)}
-
-    def spend(exit_index: int, rows: int) -> Any:
-        one.begin(rows).observe(torch.full((rows,), exit_index))
-        return cuts.get(id(one.begin(0).policy))
-
-    assert cuts[id(one.begin(0).policy)] == 0.5, "the dearest that costs at most the budget"
-    assert spend(0, 25) == 0.7, "100 saved in 25 rows: the next hundred may cost 6"
-    assert spend(0, 50) == 0.9, "300 saved: 8"
-    assert spend(2, 60) == 0.5, "nothing owed"
-    assert spend(2, 20) == 0.5 and spend(2, 40) == 0.4, "100 owed in the next 120 rows, then 300"
-    assert spend(0, 1) == 0.4 and one.account.rows == 196 and one.account.spent == 76 + 1200
-    late = one.begin(10)
-    assert one.account.rows == 196, "a pass is charged at its end"
-    late.observe(torch.tensor([0, 1, 2]))
-    assert one.account.rows == 199 and one.account.spent == 76 + 1200 + 15, "and only for rows that it brought"
+    one, draw = switch(horizon=200), np.random.default_rng(0)
+    rungs = {0.9: 8.0, 0.7: 6.0, 0.5: 3.0, 0.4: 2.0, -1.0: 1.0, None: 10.0}
+    rows, spent, drift, seen = 0, 0.0, 0.0, set()
+    for step in range(120):
+        most = 5.0 - (spent - 5.0 * rows) / 200
+        prices = {cut: cost if cut in (-1.0, None) else min(max(cost + drift, 1.0), 10.0)
+                  for cut, cost in rungs.items()}
+        cut = max((cut for cut in rungs if prices[cut] <= most + 1e-9), key=lambda cut: (prices[cut], rungs[cut]),
+                  default=-1.0)
+        turn = one.begin(5)
+        assert isinstance(turn.policy, Thresholds) and turn.policy.thresholds[0] == cut, f"pass {step}"
+        low, high = least(turn)
+        exits = draw.choice([0, 1, 2], size=5, p=[0.7, 0.2, 0.1] if step < 50 else [0.1, 0.2, 0.7]).clip(low, high)
+        assert one.account.rows == rows, "a pass is charged at its end"
+        turn.observe(torch.from_numpy(exits))
+        paid = float(np.array(COSTS)[exits].sum())
+        rows, spent = rows + 5, spent + paid
+        if low < high:
+            drift += (paid / 5 - rungs[cut] - drift) * 5 / 205
+        assert one.account[:2] == (rows, pytest.approx(spent))
+        seen.add(cut)
+    assert len(seen) >= 4, seen
+    one.begin(10).observe(torch.tensor([0, 1, 2]))
+    assert one.account[:2] == (rows + 3, pytest.approx(spent + 15)), "charged for the rows that it brought"
 
 
 def test_a_turn_keeps_its_policy_and_ends_once() -> None:
@@ -141,7 +149,7 @@ def test_a_turn_keeps_its_policy_and_ends_once() -> None:
 
 
 def test_threads_lose_no_row() -> None:
-    one = switch(horizon=50)
+    one, before = switch(horizon=50), sys.getswitchinterval()
 
     def work(seed: int) -> None:
         draw = np.random.default_rng(seed)
@@ -150,10 +158,14 @@ def test_threads_lose_no_row() -> None:
             turn.observe(torch.from_numpy(draw.integers(*np.add(least(turn), (0, 1)), size=3)))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     told = one.account
     assert told.rows == 4 * 200 * 3 and -told.most_under <= told.spent - told.rows * 5.0 <= told.most_over
 
@@ -203,17 +215,24 @@ def drifting(first: tuple[float, float], then: tuple[float, float], samples: int
     return ExitTable.concat(parts)
 
 
-def at_equal_cost(table: ExitTable, at: Callable[[float], Policy], cost: float) -> tuple[float, float]:
-    """Cost and accuracy of the fixed policy that spends just this much on these very samples, known afterwards."""
+def at_equal_cost(table: ExitTable, at: Callable[[float], Policy], cost: float) -> float:
+    """Accuracy of the fixed policy that spends just this much on these very samples, known afterwards."""
     found = [replay(table, Plan(exits=table.names[:-1], policy=at(budget), task="classify"))
-             for budget in np.linspace(370, 1000, 40)]
-    best = min(found, key=lambda one: abs(float(one.macs.mean()) - cost))
-    assert best.quality is not None
-    return float(best.macs.mean()), best.quality
+             for budget in np.linspace(400, 900, 26)]
+    costs, qualities = np.array([(float(one.macs.mean()), one.quality) for one in found]).T
+    order = costs.argsort()
+    return float(np.interp(cost, costs[order], qualities[order]))
 
 
-@pytest.mark.parametrize(("first", "then"), [((1.5, 3.0), (0.7, 1.2)), ((0.7, 1.2), (1.5, 3.0))])
-def test_under_drift_the_budget_is_met(first: tuple[float, float], then: tuple[float, float]) -> None:
+@pytest.mark.parametrize(("first", "then", "slack"), [
+    # Corrupted: deeper exits hardly help, and what a fixed policy spends on them is lost.
+    ((1.5, 3.0), (0.4, 0.6), 0.0), ((0.1, 0.2), (1.5, 3.0), 0.0),
+    # Milder or easier: a policy that knew both halves would save in one for the other, which no budget kept on the way
+    # can; what that is worth is lost.
+    ((1.5, 3.0), (0.7, 1.2), 0.006), ((1.5, 3.0), (3.0, 6.0), 0.01),
+])
+def test_under_drift_the_budget_is_met(first: tuple[float, float], then: tuple[float, float], slack: float
+                                        ) -> None:
     calibration, stream = classify(1000, 3, seed=1, skill=(1.5, 3.0)), drifting(first, then)
     budget = 600.0
     taught = lesson(calibration)
@@ -226,8 +245,8 @@ def test_under_drift_the_budget_is_met(first: tuple[float, float], then: tuple[f
     cost = float(live.macs.mean())
     assert abs(cost / budget - 1) <= 0.01
     assert live.quality is not None
-    _, accuracy = at_equal_cost(stream, plain, cost)
-    assert live.quality >= accuracy - 0.005, f"{live.quality:.4f} against {accuracy:.4f} known afterwards"
+    accuracy = at_equal_cost(stream, plain, cost)
+    assert live.quality >= accuracy - slack, f"{live.quality:.4f} against {accuracy:.4f} known afterwards"
 
 
 def test_order_is_obeyed_and_answers_lie_as_the_table_does() -> None:

@@ -59,8 +59,9 @@ class Switch:
 
     ``begin(rows)`` gives the :class:`Turn` of a pass; the runtime asks for one whenever a policy has ``begin``. The
     next rows may spend ``budget - D / H``, D being what was spent beyond the budget so far: that would settle D within
-    H rows. The dearest policy that costs at most this takes over. EENet takes the nearest, with the rest of a test set
-    of known size for H; a stream has no end, so that H is the ``horizon``.
+    H rows. The dearest policy that costs at most this takes over: as fitted, and by as much more or less as rows of the
+    last ``horizon`` or so cost beyond what was fitted. EENet takes the nearest as fitted, with the rest of a test set
+    of known size for H; a stream has no end, and an error of all policies alike would stay.
 
     **Bound.** Whatever comes, after each pass
 
@@ -86,9 +87,10 @@ class Switch:
     horizon: int = 256
     """Rows over which an error is to be settled."""
     _lock: Any = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
-    _open: dict[Turn, tuple[float, float, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _open: dict[Turn, tuple[float, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _rows: int = field(default=0, init=False, repr=False, compare=False)
     _spent: float = field(default=0.0, init=False, repr=False, compare=False)
+    _drift: float = field(default=0.0, init=False, repr=False, compare=False)
     _reach: int = field(default=0, init=False, repr=False, compare=False)
     _ladder: tuple[tuple[float, Policy], ...] = field(default=(), init=False, repr=False, compare=False)
 
@@ -128,9 +130,9 @@ class Switch:
             nominal, policy = self._ladder[rung]
             turn = Turn(policy, rows, self._settle)
             # the ends of the ladder are certain; of any other policy nothing is
-            ends = [nominal, nominal] if rung in (0, len(self._ladder) - 1) else [self.costs[0], self.costs[-1]]
-            low, middle, high = (rows * (cost - self._target) for cost in (ends[0], nominal, ends[1]))
-            self._open[turn] = low, middle, high
+            costs = [nominal] * 3 if self._certain(rung) else [self.costs[0], self._price(rung), self.costs[-1]]
+            low, middle, high = (rows * (cost - self._target) for cost in costs)
+            self._open[turn] = low, middle, high, nominal
         return turn
 
     def decide(self, exit_index: int, evidence: Evidence) -> Tensor:
@@ -150,6 +152,14 @@ class Switch:
     def _target(self) -> float:
         return min(max(self.budget, self.costs[0]), self.costs[-1])
 
+    def _certain(self, rung: int) -> bool:
+        return rung in (0, len(self._ladder) - 1)
+
+    def _price(self, rung: int) -> float:
+        """What a policy should cost a row now."""
+        nominal = self._ladder[rung][0]
+        return nominal if self._certain(rung) else min(max(nominal + self._drift, self.costs[0]), self.costs[-1])
+
     def _pick(self, rows: int, *, try_only: bool = False) -> int:
         """The rung for a pass of so many rows; the lock is held."""
         budget, owed = self._target, self._spent - self._rows * self._target
@@ -162,19 +172,23 @@ class Switch:
         if low + rows * (self.costs[0] - budget) < reach * (self.costs[0] - budget):
             return len(self._ladder) - 1
         most = (budget - middle / reach) * _ROUNDING
-        return max((i for i, (nominal, _) in enumerate(self._ladder) if nominal <= most), default=0)
+        return max((i for i in range(len(self._ladder)) if self._price(i) <= most), key=lambda i: (self._price(i), i),
+                   default=0)
 
     def _settle(self, turn: Turn, exit_index: Tensor) -> None:
         counts = torch.bincount(exit_index.flatten().cpu(), minlength=len(self.costs)).tolist()
         if len(counts) > len(self.costs) or sum(counts) > turn.rows:
             raise OfframpError(expected=f"at most {turn.rows} rows, at exits below {len(self.costs)}",
                                got=f"{sum(counts)} rows, at exits up to {len(counts) - 1}", where="observe()")
+        rows, spent = sum(counts), sum(count * cost for count, cost in zip(counts, self.costs, strict=True))
         with self._lock:
-            if self._open.pop(turn, None) is None:
+            if (known := self._open.pop(turn, None)) is None:
                 raise OfframpError(expected="a pass that is under way", got="one that has ended", where="observe()",
                                    todo="begin() another.")
-            self._rows += sum(counts)
-            self._spent += sum(count * cost for count, cost in zip(counts, self.costs, strict=True))
+            self._rows, self._spent = self._rows + rows, self._spent + spent
+            low, _, high, nominal = known
+            if low < high and rows:
+                self._drift += (spent / rows - nominal - self._drift) * rows / (rows + self.horizon)
 
     # ---- files: the policies are written beside it, by the plan's own allow-list ---------------------------------
 
