@@ -18,8 +18,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from offramp.choose.calibrate import calibrate
+    from offramp.choose.compare import Comparison, compare
     from offramp.choose.plan import load_plan, save_plan
     from offramp.choose.replay import replay
+    from offramp.choose.schedule import schedule
     from offramp.choose.search import search, search_front
     from offramp.data import load_data
     from offramp.deployed import load_deployed, save_deployed
@@ -43,28 +45,32 @@ if TYPE_CHECKING:
     from offramp.types import Evidence, ExitColumn, ExitSite, Plan, Policy
 
 _FROM = {
-    "Adaptive": "offramp.runtime", "Costs": "offramp.table", "Evidence": "offramp.types", "ExitColumn": "offramp.types",
+    "Adaptive": "offramp.runtime", "Comparison": "offramp.choose.compare", "Costs": "offramp.table",
+    "Evidence": "offramp.types", "ExitColumn": "offramp.types",
     "ExitSite": "offramp.types", "ExitTable": "offramp.table", "HeadSpec": "offramp.nn.heads",
     "Latency": "offramp.table", "MessSpec": "offramp.nn.mess", "MultiExit": "offramp.nn.multiexit",
     "OfframpError": "offramp.errors", "Plan": "offramp.types", "Policy": "offramp.types",
     "Recipe": "offramp.train.recipe",
     "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.policies.thresholds",
     "attach": "offramp.nn.attach", "bench": "offramp.runtime.bench", "calibrate": "offramp.choose.calibrate",
+    "compare": "offramp.choose.compare",
     "deploy": "offramp.runtime", "fit": "offramp.train.loop",
     "load_data": "offramp.data", "load_deployed": "offramp.deployed", "load_model": "offramp.models",
     "load_plan": "offramp.choose.plan",
     "mess_space": "offramp.nn.mess",
     "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",
-    "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "search": "offramp.choose.search",
+    "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "schedule": "offramp.choose.schedule",
+    "search": "offramp.choose.search",
     "search_front": "offramp.choose.search",
     "sites": "offramp.graph", "tune_": "offramp.nn.tune",
 }
 
 __all__ = [
-    "Adaptive", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency", "MessSpec",
-    "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach", "bench",
-    "calibrate", "deploy", "fit", "load_data", "load_deployed", "load_model", "load_plan", "mess_space", "recipes",
-    "record", "replay", "save_deployed", "save_plan", "search", "search_front", "sites", "tune_",
+    "Adaptive", "Comparison", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency",
+    "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach",
+    "bench", "calibrate", "compare", "deploy", "fit", "load_data", "load_deployed", "load_model", "load_plan",
+    "mess_space", "recipes", "record", "replay", "save_deployed", "save_plan", "schedule", "search", "search_front",
+    "sites", "tune_",
 ]
 
 
@@ -76,8 +82,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(module, name)
     except AttributeError:  # ``recipes`` is itself a module
         value = importlib.import_module(f"{_FROM[name]}.{name}")
-    if name in ("MultiExit", "attach"):
-        _hang_deploy()
+    if name in _HUNG:
+        _hang(name)
     globals()[name] = value
     return value
 
@@ -86,16 +92,30 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-def _hang_deploy() -> None:
-    """``net.deploy(plan)``: the runtime stands above the networks, so only the roof can join the two."""
-    from offramp.nn.multiexit import MultiExit
+_DRAWN = {"svg": "offramp.report.comparison:draw_comparison", "html": "offramp.report.comparison:render_comparison"}
+_NET = {"deploy": "offramp.runtime:deploy"}
+_HUNG = {"MultiExit": ("offramp.nn.multiexit:MultiExit", _NET), "attach": ("offramp.nn.multiexit:MultiExit", _NET),
+         "Comparison": ("offramp.choose.compare:Comparison", _DRAWN),
+         "compare": ("offramp.choose.compare:Comparison", _DRAWN)}
+"""Public name -> a class that it brings, and the methods of it that live in rooms above: only the roof joins them."""
 
-    def deploy(net: MultiExit, /, *args: Any, **kwargs: Any) -> Any:
-        return importlib.import_module("offramp.runtime").deploy(net, *args, **kwargs)
 
-    deploy.__doc__ = "Obey a plan live, as a plain module; see :func:`offramp.deploy`."
-    if not hasattr(MultiExit, "deploy"):
-        MultiExit.deploy = deploy
+def _hang(name: str) -> None:
+    """``net.deploy(plan)`` and its like."""
+    owner, methods = _HUNG[name]
+    kind = _fetch(owner)
+    for method, where in methods.items():
+        if not hasattr(kind, method):
+            def call(self: Any, /, *args: Any, _where: str = where, **kwargs: Any) -> Any:
+                return _fetch(_where)(self, *args, **kwargs)
+
+            call.__doc__ = f"See :func:`{where.replace(':', '.')}`."
+            setattr(kind, method, call)
+
+
+def _fetch(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class _Package(ModuleType):

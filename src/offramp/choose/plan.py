@@ -15,7 +15,7 @@ from offramp.table import write_atomic
 from offramp.table.files import read_json
 from offramp.types import Plan, Policy
 
-__all__ = ["load_plan", "plan_from_json", "plan_to_json", "save_plan"]
+__all__ = ["finite", "load_plan", "plan_from_json", "plan_to_json", "save_plan"]
 
 _FORMAT, _VERSION = "offramp.plan", 2
 _OURS: tuple[type, ...] = (Thresholds,)
@@ -69,7 +69,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes), "setting": plan.setting, "certificate": dict(plan.certificate),
     }
     try:
-        made: dict[str, Any] = json.loads(json.dumps(_finite(page), allow_nan=False))
+        made: dict[str, Any] = json.loads(json.dumps(finite(page), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise OfframpError(expected="a plan of JSON values", got=str(error), where="save_plan()",
                            todo="give the policy to_json() and from_json().") from error
@@ -142,12 +142,12 @@ def _data(policy: object) -> Mapping[str, Any]:
                        todo="make it a dataclass of JSON values, or give it to_json() and from_json().")
 
 
-def _finite(value: Any) -> Any:
-    """NaN in a report of figures (no labels, say) becomes null: JSON has no NaN."""
+def finite(value: Any) -> Any:
+    """JSON values of JSON values: NaN in a report of figures (no labels, say) becomes null, as JSON has no NaN."""
     if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
