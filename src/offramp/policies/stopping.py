@@ -11,7 +11,7 @@ that left the sample out: no expectation is taken of a maximum of noise. N sampl
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
@@ -22,7 +22,7 @@ from offramp.errors import OfframpError
 from offramp.policies.lesson import Lesson
 from offramp.policies.quotas import leave
 from offramp.policies.scored import leave_above
-from offramp.policies.values import Reading, Ridge, Voices, posterior, read, voices_of
+from offramp.policies.values import Part, Reading, Ridge, laid_out, posterior, read, voices_of
 from offramp.types import Evidence
 
 __all__ = ["Stopping", "StoppingPath", "StoppingPolicy"]
@@ -100,14 +100,14 @@ class StoppingPolicy:
         """Bool (n,): the rows that leave. Raises DataError on NaN, which no threshold can judge."""
         return leave_above(self.thresholds[exit_index], self.score(exit_index, evidence), exit_index)
 
-    def part(self, e: int, device: torch.device) -> "_Part":
+    def part(self, e: int, device: torch.device) -> Part:
         """One exit's score as tensors, kept."""
         key = (e, device)
         if key not in self._parts:
             def put(values: object) -> Tensor:
                 return torch.tensor(values, dtype=torch.float64, device=device)
 
-            self._parts[key] = _Part(
+            self._parts[key] = Part(
                 voices=(put(self.voices[e]), put(self.biases[e])) if self.voices else None,
                 weights=put(self.weights[e]), constant=self.constants[e],
                 centre=put(self.centres[e]), spread=put(self.spreads[e]), knots=put(self.knots[e]),
@@ -116,64 +116,8 @@ class StoppingPolicy:
         return self._parts[key]
 
     @cached_property
-    def _parts(self) -> "dict[tuple[int, torch.device], _Part]":
+    def _parts(self) -> dict[tuple[int, torch.device], Part]:
         return {}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
-    """One exit's score as tensors; while it is fitted, only how the evidence is laid out."""
-
-    voices: Voices | None
-    centre: Tensor
-    spread: Tensor
-    bent: Tensor
-    knots: Tensor
-    constant: float = 0.0
-    weights: Tensor = field(default_factory=lambda: torch.zeros(0))
-    levels: Tensor = field(default_factory=lambda: torch.zeros(0))
-    slopes: Tensor = field(default_factory=lambda: torch.zeros(0))
-    probs: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    def smooth(self, reading: Reading) -> tuple[Tensor, Tensor]:
-        """Standardised statistics, and with their excess over the knots."""
-        x = ((reading.stats - self.centre) / self.spread).clamp(-5.0, 5.0)
-        return x, torch.cat([x, (x[:, self.bent] - self.knots).clamp(min=0.0)], dim=1)
-
-    def score(self, reading: Reading) -> Tensor:
-        x, smooth = self.smooth(reading)
-        score = (smooth * self.weights).sum(dim=1) + self.constant
-        if reading.said is not None and len(self.levels):
-            score = score + self.levels[reading.said] + self.slopes[reading.said] * x[:, 0]
-        if len(self.probs):
-            score = score + (reading.probs * self.probs).sum(dim=1)
-        return score
-
-    def design(self, reading: Reading, share: float) -> Tensor:
-        """(N, P) that the gain is regressed on; class effects are scaled by ``share``, and left out at 0."""
-        x, smooth = self.smooth(reading)
-        if not share:
-            return smooth
-        parts = [smooth]
-        if reading.said is not None:
-            classes = torch.nn.functional.one_hot(reading.said, reading.probs.shape[1]).double()
-            parts += [classes * share, classes * (x[:, :1] * share)]
-        return torch.cat([*parts, reading.probs * (2 * share)], dim=1)
-
-
-def _laid_out(reading: Reading, voices: Voices | None, knots: int) -> _Part:
-    centre = reading.stats.mean(dim=0)
-    spread = reading.stats.std(dim=0, unbiased=False)
-    spread = torch.where(spread > 1e-9, spread, 1.0)
-    x = (reading.stats - centre) / spread
-    bent, at = [], []
-    for column in range(x.shape[1]):
-        inner = torch.quantile(x[:, column], torch.linspace(0, 1, knots + 2, dtype=torch.float64)[1:-1]).unique()
-        for knot in inner[(inner > x[:, column].min() + 1e-3) & (inner < x[:, column].max() - 1e-3)].tolist():
-            bent.append(column)
-            at.append(knot)
-    return _Part(voices=voices, centre=centre, spread=spread, bent=torch.tensor(bent, dtype=torch.long),
-                 knots=torch.tensor(at, dtype=torch.float64))
 
 
 @final
@@ -242,7 +186,7 @@ class _Course:
             answer = against
             if lesson.against == "labels":
                 self.likely = posterior(logits, answer, prior=how.prior)
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         self.readings: list[Reading] = []
         self.fits: list[list[Ridge]] = []
         for e in range(lesson.exits - 1):
@@ -251,7 +195,7 @@ class _Course:
             if logits is not None and answer is not None:
                 voices = voices_of(logits[:, : e + 1], answer, prior=how.prior)
             reading = read(evidence, voices)
-            part = _laid_out(reading, voices, how.knots)
+            part = laid_out(reading, voices, how.knots)
             shares = _SHARES if reading.probs.shape[1] <= _CLASSES else _SHARES[:1]
             self.parts.append(part)
             self.readings.append(reading)
@@ -388,8 +332,9 @@ class StoppingPath:
                 effects = (levels * share, slopes * share, probs * 2 * share)
             elif share:
                 effects = (row[:0], row[:0], classes * 2 * share)
-            told = {"weights": row[:smooth], "centres": layout.centre, "spreads": layout.spread, "bent": layout.bent,
-                    "knots": layout.knots, **dict(zip(("levels", "slopes", "probs"), effects, strict=True))}
+            told = {"weights": row[:smooth] * layout.scale(), "centres": layout.centre, "spreads": layout.spread,
+                    "bent": layout.bent, "knots": layout.knots,
+                    **dict(zip(("levels", "slopes", "probs"), effects, strict=True))}
             for name, values in told.items():
                 fields[name].append(values.tolist())
             fields["constants"].append(float(torch.lerp(constants[low], constants[high], part)))
