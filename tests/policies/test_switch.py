@@ -1,6 +1,7 @@
 """Budgets met while the samples change, and how far a stream can stray."""
 
 import copy
+import random
 import sys
 import threading
 from collections.abc import Callable
@@ -55,11 +56,7 @@ def least(turn: Turn) -> tuple[int, int]:
     return (0, 2) if bool(turn.decide(0, said[1])) else (2, 2)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(budget=st.floats(1.0, 12.0), horizon=st.integers(1, 40), passes=st.lists(
-    st.tuples(st.integers(0, 30), st.integers(0, 2), st.sampled_from(["worst", "least", "any"]), st.randoms()),
-    min_size=1, max_size=40))
-def test_whatever_comes_the_sum_stays_within_its_bound(budget: float, horizon: int, passes: Any) -> None:
+def play(budget: float, horizon: int, passes: Any) -> None:
     """An adversary sets sizes of passes, lets several run at once, and picks each row's exit where a policy may."""
     one, open_, most, rows, spent = switch(budget=budget, horizon=horizon), [], 0, 0, 0.0
     target = min(budget, COSTS[-1])
@@ -83,6 +80,21 @@ def test_whatever_comes_the_sum_stays_within_its_bound(budget: float, horizon: i
     told = one.account
     assert (told.rows, told.spent) == (rows, pytest.approx(spent))
     assert -told.most_under - 1e-6 <= spent - rows * target <= told.most_over + 1e-6
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(budget=st.floats(1.0, 12.0), horizon=st.integers(1, 40), passes=st.lists(
+    st.tuples(st.integers(0, 30), st.integers(0, 2), st.sampled_from(["worst", "least", "any"]), st.randoms()),
+    min_size=1, max_size=40))
+def test_whatever_comes_the_sum_stays_within_its_bound(budget: float, horizon: int, passes: Any) -> None:
+    play(budget, horizon, passes)
+
+
+@pytest.mark.parametrize("how", ["worst", "least"])
+@pytest.mark.parametrize("budget", [1.3, 5.0, 9.7])
+def test_an_adversary_who_never_relents_is_held(budget: float, how: str) -> None:
+    draw = random.Random(0)
+    play(budget, 40, [(draw.randrange(11), draw.randrange(3), how, draw) for _ in range(150)])
 
 
 def test_the_bound_is_reached_by_those_who_always_or_never_leave() -> None:

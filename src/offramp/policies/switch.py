@@ -70,8 +70,8 @@ class Switch:
     b being the most rows ever in passes at once; so the mean is off by O(1 / rows). For: a pass of n rows spends
     between n c_1 and n c_E. If the upper end could be crossed, were all passes under way and this one to spend the
     most, everyone leaves at the first exit instead, which costs c_1 <= budget and brings no sum up; if the lower end
-    could be, nobody leaves early, which brings none down. Neither crosses the other end, as both ends are
-    H (c_E - c_1) >= b (c_E - c_1) apart, and passes under way are uncertain by less than that.
+    could be, nobody leaves early, which brings none down. Neither crosses the other end: the ends are H (c_E - c_1)
+    apart, and the b rows under way, in whatever order they end, can move the sum by b (c_E - c_1) at most.
 
     Any number of threads may call; copies and saved plans begin a new account, and networks that share this object
     share it. ``decide`` is what a pass of one row would be told now, and charges nothing.
@@ -163,7 +163,10 @@ class Switch:
     def _pick(self, rows: int, *, try_only: bool = False) -> int:
         """The rung for a pass of so many rows; the lock is held."""
         budget, owed = self._target, self._spent - self._rows * self._target
-        low, middle, high = (owed + sum(ends[i] for ends in self._open.values()) for i in range(3))
+        middle = owed + sum(one[1] for one in self._open.values())
+        # passes may end in any order: what one under way will settle is not counted on
+        low = owed + sum(min(0.0, one[0]) for one in self._open.values())
+        high = owed + sum(max(0.0, one[2]) for one in self._open.values())
         reach = max(self._reach, 2 * (rows + sum(turn.rows for turn in self._open)))
         if not try_only:
             self._reach = reach
