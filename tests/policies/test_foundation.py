@@ -259,7 +259,13 @@ def test_within_takes_the_dearest_that_keeps_the_budget(share: float, seed: int,
         assert spent == max(cost for cost in costs.values() if cost <= budget * (1 + 1e-12))
 
 
+def test_within_looks_around_before_it_bisects() -> None:
+    costs = [1.0, *[9.0] * 5, 5.0, 5.5, *[9.0] * 12]  # halving visits places 9, 4, 2 ...: all too dear
+    found = within(6, lambda place: (float(int(place)),), lambda one: costs[int(one[0] or 0)], low=0, high=19)
+    assert found == (7.0,)
+
+
 def test_mean_cost_by_hand() -> None:
-    scores, cost = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.1, 0.1]]), torch.tensor([1.0, 10.0, 100.0])
+    scores, cost = torch.tensor([[0.9, 0.9], [0.2, 0.8], [0.1, 0.1]]), torch.tensor([1.0, 10.0, 100.0])
     assert mean_cost(scores, (0.5, 0.5), cost) == 111 / 3
     assert mean_cost(scores, (None, 0.1), cost) == 10
