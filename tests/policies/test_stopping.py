@@ -13,7 +13,9 @@ from choose.synthetic import classify, costs_of
 from offramp.errors import OfframpError
 from offramp.policies.lesson import lesson
 from offramp.policies.quotas import leave
+from offramp.policies.rules import Swept
 from offramp.policies.stopping import Stopping, StoppingPolicy
+from offramp.policies.thresholds import Thresholds
 from offramp.policies.values import Ridge, fit_voices, log_probs, posterior, read
 from offramp.table import ExitTable
 from offramp.testing import SchedulerContract
@@ -111,6 +113,17 @@ def test_of_two_exits_the_better_is_found_where_thresholds_on_confidence_cannot(
     leaves = policy.decide(0, held.evidence([0]))
     share = [float(leaves[torch.from_numpy(states_of(held)[:, 0] == state)].double().mean()) for state in range(3)]
     assert share[2] == 1 and share[1] < 1
+    assert isinstance(policy, StoppingPolicy)
+
+
+def test_where_confidence_says_all_it_is_one_threshold() -> None:
+    # exits of a made table differ in nothing but how sure they are: what more was learned is the samples' noise
+    for seed in range(2):
+        taught = lesson(classify(300, 3, 5, seed=seed))
+        budget = 0.5 * float(taught.cost[-1])
+        policy = Stopping().fit(taught)(budget)
+        assert policy == Swept().fit(taught)(budget)
+        assert isinstance(policy, Thresholds)
 
 
 # ---- its parts ------------------------------------------------------------------------------------------------

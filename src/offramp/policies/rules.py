@@ -147,7 +147,7 @@ class Swept:
 
     confidence: str = "top"
 
-    def fit(self, lesson: Lesson, /) -> Callable[[float], Policy]:
+    def fit(self, lesson: Lesson, /) -> Callable[[float], Scored]:
         """``at(budget)`` is a policy whose mean cost on the lesson's samples is at most the budget."""
         spend = common(lesson, scores_of(_rule(self.confidence, (None,) * (lesson.exits - 1)), lesson))
         return lambda budget: _rule(self.confidence, spend(budget))

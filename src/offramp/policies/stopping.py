@@ -21,9 +21,10 @@ from torch import Tensor
 from offramp.errors import OfframpError
 from offramp.policies.lesson import Lesson
 from offramp.policies.quotas import leave
+from offramp.policies.rules import Swept, scores_of
 from offramp.policies.scored import leave_above
 from offramp.policies.values import Part, Reading, Ridge, laid_out, posterior, read, voices_of
-from offramp.types import Evidence
+from offramp.types import Evidence, Policy
 
 __all__ = ["Stopping", "StoppingPath", "StoppingPolicy"]
 
@@ -31,6 +32,7 @@ Row = tuple[float, ...]
 _CLASSES = 128  # with more, effects of single classes are left to the biases
 _PENALTIES = [10.0**power for power in (-1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 5)]
 _SURE = 2.0  # standard errors by which a cheaper point has to be better
+_WORTH = 1.0  # standard errors by which what was learned has to beat one threshold on the confidence
 _SHARES = (0.0, 0.5)  # how freely class effects are fitted beside the smooth part
 
 
@@ -127,7 +129,8 @@ class Stopping:
 
     Targets are the chances of being right in hindsight (``values.posterior``), and what is left of having been right
     is regressed on its own, under a penalty of its own, so that a miscalibrated hindsight is put right. Penalties, and
-    whether classes have effects, are chosen by the leave-one-out error.
+    whether classes have effects, are chosen by the leave-one-out error; so is, at each budget, whether any of it is
+    better than one threshold on the largest probability.
     """
 
     knots: int = 4
@@ -267,15 +270,23 @@ class StoppingPath:
         outer = torch.full((samples, 1), lesson.exits - 1)
         self._exits = torch.cat([outer, induced.exits, torch.zeros_like(outer)], dim=1)
         self._values = lesson.value.gather(1, self._exits)
+        self._plain = Swept().fit(lesson)
+        self._tops = scores_of(self._plain(float(cost[0])), lesson)
 
-    def __call__(self, budget: float) -> StoppingPolicy:
+    def __call__(self, budget: float) -> Policy:
         """A policy whose mean cost on the lesson's samples is at most the budget.
 
         It stays below where a cheaper point of the path is better by more than two standard errors, each sample judged
-        by a regression that left it out.
+        by a regression that left it out. And where that does not foresee more, by a standard error, than one threshold
+        on the largest probability gains (``rules.Swept``), that is the policy: few samples, or exits whose confidence
+        says all there is to say, are no ground for more.
         """
         budget = self._lesson.feasible(budget)
-        place = self._place(budget)
+        place, plain = self._place(budget), self._plain(budget)
+        at = leave(self._tops, plain.thresholds)
+        gained = self._values[:, round(place)] - self._lesson.value.gather(1, at[:, None])[:, 0]
+        if float(gained.mean()) < _WORTH * float(gained.std(unbiased=False)) / math.sqrt(len(gained)):
+            return plain
         for step in range(60):
             policy = self._policy(place)
             if self._spent(policy) <= budget * (1 + 1e-12):
