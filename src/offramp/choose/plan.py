@@ -10,7 +10,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from offramp.errors import FileFormatError, OfframpError
-from offramp.policies.thresholds import Thresholds
+from offramp.policies import (
+    Agreement,
+    EENetPolicy,
+    Patience,
+    Random,
+    Reliability,
+    StopNets,
+    StoppingPolicy,
+    Switch,
+    Thresholds,
+)
 from offramp.table import write_atomic
 from offramp.table.files import read_json
 from offramp.types import Plan, Policy
@@ -18,7 +28,8 @@ from offramp.types import Plan, Policy
 __all__ = ["finite", "load_plan", "plan_from_json", "plan_to_json", "save_plan"]
 
 _FORMAT, _VERSION = "offramp.plan", 2
-_OURS: tuple[type, ...] = (Thresholds,)
+_OURS: tuple[type, ...] = (Agreement, EENetPolicy, Patience, Random, Reliability, StopNets, StoppingPolicy, Switch,
+                           Thresholds)
 
 
 class _Policy(BaseModel):
