@@ -14,7 +14,8 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     # the evidence wing: tensors and numbers, never an nn.Module
     "functional": set(), "table": set(), "policies": {"functional", "table"},
     # choose times what a policy takes to decide with the clock that times the heads it decides after
-    "choose": {"functional", "table", "policies", "cost"},
+    "exhaustive": {"functional", "table", "policies"},
+    "choose": {"functional", "table", "policies", "exhaustive", "cost"},
     "report": {"functional", "table", "policies", "choose", "cost"},
     # the model wing
     "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": set(), "models": set(),
@@ -24,6 +25,8 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "layer_cascade": {"nn", "cost", "functional", "graph"},
     # a deployed network as files: what the runtime runs, with the plan that it obeys
     "deployed": {"runtime", "nn", "policies", "choose", "table"},
+    # which part of a network a device holds: a network's costs, or those that its table has
+    "devices": {"nn", "record", "table"},
     "testing": {"functional", "table", "policies", "choose", "nn", "runtime"},
 }
 ROOF = {"__init__", "__main__", "cli"}  # may import everything
@@ -100,11 +103,11 @@ def test_code_lines_leave_out_what_only_tells() -> None:
 
 
 def test_rooms_and_the_package_stay_small() -> None:
-    # 12,000 lines were meant for the depth of one paper; each further paper brings about 3,000 (see docs/LOG.md).
+    # 12,000 lines were meant for the depth of one paper; each further one (MESS, EENet) brings about 3,000.
     # What one has to hold in the head is a room, so that a room is what has the hard limit.
     sizes: dict[str, int] = {}
     for path in SRC.rglob("*.py"):
         room = path.relative_to(SRC).parts[0]
         sizes[room] = sizes.get(room, 0) + code_lines(path.read_text())
     assert max(sizes.values()) < 2_500, sizes
-    assert sum(sizes.values()) < 14_000, sizes
+    assert sum(sizes.values()) < 18_000, sizes

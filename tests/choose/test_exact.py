@@ -10,12 +10,12 @@ import pytest
 from choose.mess_tables import mess_table
 from choose.synthetic import classify, dense
 from offramp.choose import branch, exact
-from offramp.choose.goal import Goal, Ledger
 from offramp.choose.replay import replay
 from offramp.choose.search import PIXEL_THRESHOLDS, search, search_front
-from offramp.choose.settings import anytime
-from offramp.choose.space import lay_out
 from offramp.errors import OfframpError, PlanError
+from offramp.exhaustive.goal import Goal, Ledger
+from offramp.exhaustive.settings import anytime
+from offramp.exhaustive.space import lay_out
 from offramp.functional.edges import EDGE_LEVELS
 from offramp.functional.metrics import mean_iou
 from offramp.functional.pareto import front

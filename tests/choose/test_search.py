@@ -13,11 +13,12 @@ from choose.synthetic import classify, costs_of, dense, pixels
 from offramp.choose.calibrate import calibrate
 from offramp.choose.categories import score
 from offramp.choose.joint import best_joint, subsets
-from offramp.choose.problem import Problem, pose, thresholds_between
+from offramp.choose.problem import Problem, pose
 from offramp.choose.replay import replay
 from offramp.choose.search import search
 from offramp.choose.smooth import expected_counts, logistic
 from offramp.errors import OfframpError, PlanError
+from offramp.policies.quotas import thresholds_between
 from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
 from offramp.types import ExitColumn, Plan

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from offramp.choose.branch import solve
-from offramp.choose.goal import Goal, Ledger, Progress
 from offramp.choose.replay import replay
-from offramp.choose.settings import anytime, budgeted
-from offramp.choose.space import Space, lay_out
 from offramp.errors import PlanError
+from offramp.exhaustive.branch import solve
+from offramp.exhaustive.goal import Goal, Ledger, Progress
+from offramp.exhaustive.settings import anytime, budgeted
+from offramp.exhaustive.space import Space, lay_out
 from offramp.functional.pareto import front
 from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from offramp.choose.smooth import expected, expected_counts
 from offramp.errors import PlanError
 from offramp.functional.metrics import mean_iou
+from offramp.policies.quotas import thresholds_between
 from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable, Unit
 
-__all__ = ["Choice", "Problem", "pose", "tally", "thresholds_between"]
+__all__ = ["Choice", "Problem", "pose", "tally"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -120,34 +121,6 @@ def pose(table: ExitTable, policy: Thresholds, *, against: str, unit: Unit, batc
         table=table, against=against, unit=unit, batch=batch, payload=np.stack(views, axis=2), levels=levels,
         codes=codes, site=tuple(sites.index(column.site) for column in table.columns[:-1]),
     )
-
-
-def thresholds_between(scores: Floats, steps: int) -> Floats:
-    """At most ``steps`` falling thresholds, each midway between two neighbouring observed scores; the last lets all go.
-
-    They lie near equal steps of rank; near each step the widest gap is taken, so that the last bit of a score, which
-    changes with the batch size, seldom flips a decision. The lowest stands as far below the lowest score as that
-    allows.
-    """
-    values = np.unique(scores)  # rising
-    if not len(values):
-        return np.zeros(0)
-    rank = np.searchsorted(np.sort(scores), values[1:], side="left")  # samples below the gap before values[1:]
-    gaps, middles = np.diff(values), values[:-1] + np.diff(values) / 2
-    # one bit apart there is no middle: the two leave together, or a last bit would part them
-    usable = (middles > values[:-1]) & (middles < values[1:])
-    rank, gaps, middles = rank[usable], gaps[usable], middles[usable]
-    lowest = max(values[0] - 1e-3, 0.0) if values[0] > 0 else values[0] - 1e-3
-    if len(middles) > steps - 1:
-        wanted = np.linspace(0, len(scores), steps + 1)[1:-1]
-        reach = len(scores) / steps / 2
-        kept = set()
-        for target in wanted:
-            first, last = np.searchsorted(rank, [target - reach, target + reach])
-            if last > first:
-                kept.add(int(first + gaps[first:last].argmax()))
-        middles = middles[sorted(kept)]
-    return np.concatenate([middles[::-1], [lowest]])
 
 
 def tally(codes: Ints, amounts: Floats, count: int) -> Floats:

@@ -8,11 +8,11 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from offramp.choose.exact import Ask, exact, exact_front
-from offramp.choose.goal import Goal, Minimise, Progress
 from offramp.choose.joint import best_joint, count_subsets, subsets
 from offramp.choose.problem import Choice, Problem, pose, tally
 from offramp.choose.replay import replay
 from offramp.errors import OfframpError
+from offramp.exhaustive.goal import Goal, Minimise, Progress
 from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable, Unit
 from offramp.table.payload import payload, quality

@@ -3,13 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "Thresholded", "between", "geometric", "leave", "mean_cost", "threshold_of", "thresholds_for", "within",
+    "Thresholded", "between", "geometric", "leave", "mean_cost", "threshold_of", "thresholds_between", "thresholds_for",
+    "within",
 ]
 
+Floats = NDArray[np.float64]
 Thresholded = tuple[float | None, ...]
 """One an early exit; None: nobody leaves."""
 
@@ -105,3 +109,31 @@ def within(budget: float, family: Callable[[float], Sequence[float | None]], spe
         else:
             high = middle
     return best
+
+
+def thresholds_between(scores: Floats, steps: int) -> Floats:
+    """At most ``steps`` falling thresholds, each midway between two neighbouring observed scores; the last lets all go.
+
+    They lie near equal steps of rank; near each step the widest gap is taken, so that the last bit of a score, which
+    changes with the batch size, seldom flips a decision. The lowest stands as far below the lowest score as that
+    allows.
+    """
+    values = np.unique(scores)  # rising
+    if not len(values):
+        return np.zeros(0)
+    rank = np.searchsorted(np.sort(scores), values[1:], side="left")  # samples below the gap before values[1:]
+    gaps, middles = np.diff(values), values[:-1] + np.diff(values) / 2
+    # one bit apart there is no middle: the two leave together, or a last bit would part them
+    usable = (middles > values[:-1]) & (middles < values[1:])
+    rank, gaps, middles = rank[usable], gaps[usable], middles[usable]
+    lowest = max(values[0] - 1e-3, 0.0) if values[0] > 0 else values[0] - 1e-3
+    if len(middles) > steps - 1:
+        wanted = np.linspace(0, len(scores), steps + 1)[1:-1]
+        reach = len(scores) / steps / 2
+        kept = set()
+        for target in wanted:
+            first, last = np.searchsorted(rank, [target - reach, target + reach])
+            if last > first:
+                kept.add(int(first + gaps[first:last].argmax()))
+        middles = middles[sorted(kept)]
+    return np.concatenate([middles[::-1], [lowest]])

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.choose.problem import thresholds_between
 from offramp.errors import OfframpError, PlanError
 from offramp.functional.edges import EDGE_LEVELS
+from offramp.policies.quotas import thresholds_between
 from offramp.policies.thresholds import Thresholds
 from offramp.table import ExitTable
 from offramp.table.payload import payload

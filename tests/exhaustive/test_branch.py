@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from choose.mess_tables import mess_table
-from choose.test_bound import outcome, scene_of
-from offramp.choose.branch import _Hunt
-from offramp.choose.climb import moves
-from offramp.choose.goal import Goal, Ledger
-from offramp.choose.space import lay_out
+from exhaustive.test_bound import outcome, scene_of
+from offramp.exhaustive.branch import _Hunt
+from offramp.exhaustive.climb import moves
+from offramp.exhaustive.goal import Goal, Ledger
+from offramp.exhaustive.space import lay_out
 from offramp.table.payload import quality
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from choose.mess_tables import mess_table
-from offramp.choose import bound
-from offramp.choose.bound import Lists, Scene, filter_lists
-from offramp.choose.branch import _Hunt
-from offramp.choose.goal import Goal, Ledger
-from offramp.choose.space import lay_out
+from offramp.exhaustive import bound
+from offramp.exhaustive.bound import Lists, Scene, filter_lists
+from offramp.exhaustive.branch import _Hunt
+from offramp.exhaustive.goal import Goal, Ledger
+from offramp.exhaustive.space import lay_out
 from offramp.table.payload import quality
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.choose.bound import Scene
+from offramp.exhaustive.bound import Scene
 
 __all__ = ["moves"]
 

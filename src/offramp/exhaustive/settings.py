@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.choose.goal import Goal, Ledger
 from offramp.errors import OfframpError
+from offramp.exhaustive.goal import Goal, Ledger
 from offramp.functional.pareto import front
 from offramp.table import Costs, Unit
 

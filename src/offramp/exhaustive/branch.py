@@ -1,9 +1,9 @@
 """Which exits, heads and thresholds: the optimum of the whole space by branch and bound, proven (MESS, Eqs. 5-6).
 
-Cells (``offramp.choose.bound``) start as two or three whole sites; the cell with the lowest bound is cut in two along
-the list that is widest, by how many samples leave or by the heads' cost, until its bound reaches the best plan or so
-few plans are left that each is evaluated. A local search that moves one exit at a time finds the plan to
-beat. Confusion matrices are summed; nothing is approximated.
+Cells (``offramp.exhaustive.bound``) start as two or three whole sites; the cell with the lowest bound is cut in two
+along the list that is widest, by how many samples leave or by the heads' cost, until its bound reaches the best plan or
+so few plans are left that each is evaluated. A local search that moves one exit at a time finds the plan to beat.
+Confusion matrices are summed; nothing is approximated.
 """
 
 import heapq
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.choose.bound import Bounds, Lists, Scene, filter_lists
-from offramp.choose.climb import moves
-from offramp.choose.goal import Goal, Ledger
-from offramp.choose.space import Space
+from offramp.exhaustive.bound import Bounds, Lists, Scene, filter_lists
+from offramp.exhaustive.climb import moves
+from offramp.exhaustive.goal import Goal, Ledger
+from offramp.exhaustive.space import Space
 from offramp.table.payload import quality
 
 __all__ = ["solve"]
