@@ -42,6 +42,7 @@ def main() -> None:
     options.add_argument("--head-epochs", type=int, default=20, help="of every frozen row")
     options.add_argument("--space-epochs", type=int, default=6, help="of all heads of the space together")
     options.add_argument("--whole-space", action="store_true", help="64 heads a site instead of 48")
+    options.add_argument("--one-head", action="store_true", help="Table 5's heads instead of the space")
     options.add_argument("--time-limit", type=float, default=300, help="seconds a search may take")
     options.add_argument("--views", type=int, default=2, help="augmented views whose features are cached")
     options.add_argument("--scenes", type=int, default=800, help="pictures that stand for ImageNet")
@@ -59,7 +60,7 @@ def main() -> None:
         args.backbones, args.views, args.work = args.backbones[:1], 1, args.work / "quick"
     torch.set_num_threads(args.threads)
     for part in args.part or PARTS:
-        PARTS[part](args, Sheet(f"mess-{part}" + "-long" * args.long + "-quick" * args.quick))
+        PARTS[part](args, Sheet(f"mess-{part}" + "-long" * args.long + "-one" * args.one_head + "-quick" * args.quick))
 
 
 def table5(args: argparse.Namespace, sheet: Sheet) -> None:

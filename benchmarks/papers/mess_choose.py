@@ -31,11 +31,16 @@ def space(args: argparse.Namespace, backbone: str) -> tuple[offramp.MultiExit, E
     """The space's heads at every site, trained together on the exit-aware backbone; both splits' tables.
 
     Heads that reduce no channels take three quarters of the time of all 64 and seldom win: they join when asked for.
+    With ``--one-head`` the FCN heads of Table 5 instead, one a site and trained for longer.
     """
-    folder = args.work / f"{backbone}-space{'-whole' if args.whole_space else ''}"
-    heads = {name: spec for name, spec in mess_space().items() if args.whole_space or spec.reduction > 1}
-    net = second_stage(args, backbone, "exit_aware", 0, "mess", heads=heads, name=folder.name.split("-", 1)[1],
-                       epochs=args.space_epochs, cache_bytes=20 * 2**30)
+    if args.one_head:
+        folder = args.work / f"{backbone}-one{'-long' * args.long}"
+        net = second_stage(args, backbone, "exit_aware", 0, "frozen")
+    else:
+        folder = args.work / f"{backbone}-space{'-whole' * args.whole_space}{'-long' * args.long}"
+        heads = {name: spec for name, spec in mess_space().items() if args.whole_space or spec.reduction > 1}
+        net = second_stage(args, backbone, "exit_aware", 0, "mess", heads=heads, epochs=args.space_epochs,
+                           name="space" + "-whole" * args.whole_space, cache_bytes=20 * 2**30)
     tables = []
     for split in ("calibration", "test"):
         if not (folder / split / "table.json").is_file():
