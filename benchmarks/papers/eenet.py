@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from eenet_train import VARIANTS, adapted, corrupted, held, scenes, tables  # noqa: E402
+from eenet_train import VARIANTS, adapted, corrupted, held, recorded, scenes, tables  # noqa: E402
 
 import offramp  # noqa: E402
 from claims import Sheet  # noqa: E402
@@ -100,8 +100,7 @@ def on_the_clock(args: argparse.Namespace, sheet: Sheet, variant: str, fit: Exit
 def order(args: argparse.Namespace, sheet: Sheet) -> None:
     """Tables 1-2: who is ahead at tight budgets, and Fig. 6's ablations; in MACs, on one table halved several times."""
     for variant in VARIANTS:
-        whole = ExitTable.load(args.work / f"{variant}-seed0-table") if tables(args, variant, 0) else None
-        assert whole is not None
+        whole = recorded(args, variant, 0)
         scored: dict[str, list[list[float]]] = {}
         for seed in range(args.splits):
             halves = whole.split_rows({"fit": 0.5, "test": 0.5}, seed=seed)
@@ -157,8 +156,7 @@ def overhead(args: argparse.Namespace, sheet: Sheet) -> None:
 
 def promise(args: argparse.Namespace, sheet: Sheet) -> None:
     """How often a guarantee of 95 % is broken, over resamplings of a real table, with labels and without."""
-    whole = tables(args, "frozen", 0) and ExitTable.load(args.work / "frozen-seed0-table")
-    parts = whole.split_rows({"fit": 0.3, "world": 0.7}, seed=0)
+    parts = recorded(args, "frozen", 0).split_rows({"fit": 0.3, "world": 0.7}, seed=0)
     world = parts["world"]
     for against in ("labels", "backbone"):
         plans = family(parts["fit"], Stopping(), against=against, steps=20)
@@ -187,7 +185,8 @@ def promise(args: argparse.Namespace, sheet: Sheet) -> None:
 
 def drift(args: argparse.Namespace, sheet: Sheet) -> None:
     """Table 5: a stream whose second half is corrupted; the budget, with a fixed schedule and with a switch."""
-    fit, test = tables(args, "frozen", 0)
+    halves = recorded(args, "frozen", 0).split_rows({"calibration": 0.5, "test": 0.5}, seed=0)
+    fit, test = halves["calibration"], halves["test"]
     noisy = corrupted(args, "frozen", 0)
     stream = ExitTable.concat([test, noisy])
     for name, scheduler in (("EENet", EENet()), ("ours", Stopping())):
