@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from offramp.choose.search import search, search_front
     from offramp.data import load_data
     from offramp.deployed import load_deployed, save_deployed
+    from offramp.devices import place
     from offramp.errors import OfframpError
     from offramp.graph import sites
     from offramp.models import load_model
@@ -57,7 +58,7 @@ _FROM = {
     "deploy": "offramp.runtime", "fit": "offramp.train.loop",
     "load_data": "offramp.data", "load_deployed": "offramp.deployed", "load_model": "offramp.models",
     "load_plan": "offramp.choose.plan",
-    "mess_space": "offramp.nn.mess",
+    "mess_space": "offramp.nn.mess", "place": "offramp.devices",
     "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",
     "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "schedule": "offramp.choose.schedule",
     "search": "offramp.choose.search",
@@ -69,8 +70,8 @@ __all__ = [
     "Adaptive", "Comparison", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency",
     "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach",
     "bench", "calibrate", "compare", "deploy", "fit", "load_data", "load_deployed", "load_model", "load_plan",
-    "mess_space", "recipes", "record", "replay", "save_deployed", "save_plan", "schedule", "search", "search_front",
-    "sites", "tune_",
+    "mess_space", "place", "recipes", "record", "replay", "save_deployed", "save_plan", "schedule", "search",
+    "search_front", "sites", "tune_",
 ]
 
 
@@ -93,7 +94,7 @@ def __dir__() -> list[str]:
 
 
 _DRAWN = {"svg": "offramp.report.comparison:draw_comparison", "html": "offramp.report.comparison:render_comparison"}
-_NET = {"deploy": "offramp.runtime:deploy"}
+_NET = {"deploy": "offramp.runtime:deploy", "part": "offramp.deployed:part", "rest": "offramp.deployed:rest"}
 _HUNG = {"MultiExit": ("offramp.nn.multiexit:MultiExit", _NET), "attach": ("offramp.nn.multiexit:MultiExit", _NET),
          "Comparison": ("offramp.choose.compare:Comparison", _DRAWN),
          "compare": ("offramp.choose.compare:Comparison", _DRAWN)}

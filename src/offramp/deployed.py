@@ -19,12 +19,16 @@ from offramp.choose.plan import plan_from_json, plan_to_json
 from offramp.errors import FileFormatError, HeadError, OfframpError
 from offramp.nn.attach import attach
 from offramp.nn.guest import fingerprint_of
+from offramp.nn.multiexit import MultiExit
 from offramp.nn.output import read_logits
 from offramp.nn.shortcut import spec_from_json
+from offramp.policies.thresholds import Thresholds
 from offramp.runtime import Adaptive, deploy
+from offramp.runtime.pieces import Piece, piece
 from offramp.table.files import read_json, read_tensors, write_tensors
+from offramp.types import Plan
 
-__all__ = ["load_deployed", "save_deployed"]
+__all__ = ["load_deployed", "part", "rest", "save_deployed"]
 
 _FORMAT, _VERSION = "offramp.deployed", 1
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -109,6 +113,33 @@ def load_deployed(
         raise FileFormatError(expected="the architecture that was saved", got="other modules around the same weights",
                               where=str(path), todo="build the network with the code that it was saved with.")
     return fast
+
+
+def part(net: MultiExit, upto: str, *, frontier: bool = False, **form: Any) -> Adaptive | Piece:
+    """``net.part(upto="layer2.1")``: the network up to one exit alone, for a device that holds no more of it.
+
+    The exit's logits in the form of the network's output, bit for bit, and none of the weights that lie deeper: a plan
+    in the budgeted setting, so that ``save_deployed`` and ``load_deployed`` take it; ``form`` is ``deploy``'s
+    (``engine``, ``dtype``, ``fold``, ``channels_last``).
+
+    frontier: also give what :func:`rest` goes on from: ``(logits, frontier)``, the logits as they are (EENet, C:
+        what is not sure enough goes up). Such a part takes no ``form``; its weights are its ``state_dict``.
+    """
+    if not frontier:
+        plan = Plan(exits=(upto,), policy=Thresholds(thresholds=(None,)), task=net.task, setting="budgeted")
+        return deploy(net, plan, **form)
+    if form:
+        raise OfframpError(expected="a part with a frontier as it is", got=", ".join(form), where="net.part()")
+    return piece(net, upto=upto)
+
+
+def rest(net: MultiExit, after: str, *, upto: str | None = None) -> Piece:
+    """``net.rest(after="layer2.1")``: what goes on from a part's frontier, to the network's own output.
+
+    Takes ``*frontier``; part and rest chained are the untouched network, bit for bit. ``upto`` ends at a deeper exit
+    instead and gives ``(logits, frontier)`` again, for a device in the middle.
+    """
+    return piece(net, after=after, upto=upto)
 
 
 def _weights(fast: Adaptive) -> dict[str, Tensor]:

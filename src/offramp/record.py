@@ -26,7 +26,7 @@ from offramp.nn.multiexit import MultiExit
 from offramp.table import Costs, ExitTable, Latency
 from offramp.types import CONFIDENCES, EDGED
 
-__all__ = ["record"]
+__all__ = ["costs_of", "record"]
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
 _FEW = 16  # columns, up to which a dense table holds all that any policy may read
@@ -223,6 +223,17 @@ class _Collected:
             fingerprints={"model": model, "data": data, "split": f"{self.split}:{self.digest.hexdigest()[:16]}"},
             histograms=histograms, meta=meta, **joined,
         )
+
+
+def costs_of(net: MultiExit, *, latency: Mapping[str, Any] | None = None) -> Costs:
+    """What each exit costs, on a sample like those that ``net`` was attached with.
+
+    Times are taken only where ``latency`` says how, as ``record`` takes it.
+    """
+    batch = _Batch(*net.traced.example(), None)
+    home = next((p.device for p in net.parameters()), torch.device("cpu"))
+    with evaluating(net):
+        return _costs(net, batch, home, latency)
 
 
 def _costs(net: MultiExit, batch: _Batch, device: torch.device, latency: Mapping[str, Any] | None) -> Costs:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from offramp.errors import CutError
 from offramp.graph._ops import same_as_traced
@@ -93,7 +93,7 @@ def sites_of(traced: Traced) -> Sites:
     costs.append(macs)
     held, seen, bytes_before = 0, set(), [0]
     for node in program.nodes:
-        for parameter in _parameters(traced.model, node):
+        for parameter in _weights(traced.model, node):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 held += parameter.numel() * parameter.element_size()
@@ -292,12 +292,13 @@ def _macs_per_sample(traced: Traced) -> list[int]:
     return [few - (m - 1) * (most - few) // (n - m) for most, few in costs]
 
 
-def _parameters(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
+def _weights(model: nn.Module, node: fx.Node) -> list[Tensor]:
+    """Parameters and buffers, as ``cost.memory.param_bytes`` counts them."""
     if node.op not in ("call_module", "get_attr") or not str(node.target).startswith("guest"):
         return []
     owner: Any = model
     for atom in str(node.target).split(".")[1:]:
         owner = getattr(owner, atom)
     if isinstance(owner, nn.Module):
-        return list(owner.parameters())
-    return [owner] if isinstance(owner, nn.Parameter) else []
+        return [*owner.parameters(), *owner.buffers()]
+    return [owner] if isinstance(owner, Tensor) else []

@@ -33,6 +33,10 @@ class MultiExit(nn.Module):
 
     deploy: ClassVar[Callable[..., nn.Module]]
     """``net.deploy(plan)``; the runtime stands above this room, so ``offramp/__init__`` hangs it here."""
+    part: ClassVar[Callable[..., nn.Module]]
+    """``net.part(upto=exit)``: the network up to there alone; hung here too."""
+    rest: ClassVar[Callable[..., nn.Module]]
+    """``net.rest(after=exit)``: what goes on from a part's frontier; hung here too."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from offramp.graph import Stage, State
 from offramp.graph.trace import Program
 from offramp.runtime._legs import Leg, Legs
 
-__all__ = ["cut_short"]
+__all__ = ["Kept", "cut_short", "reads"]
 
 
 def cut_short(legs: Legs, answer: Callable[[Tensor], Any]) -> Legs:
@@ -22,8 +22,8 @@ def cut_short(legs: Legs, answer: Callable[[Tensor], Any]) -> Legs:
     no ``state_dict``: inputs of a new kind can still be traced, which runs the network to its end.
     """
     first = legs.legs[0]
-    used = {id(tensor) for tensor in _reads(first.plain.module())}
-    module = _Kept(legs.module, used)
+    used = {id(tensor) for tensor in reads(first.plain.module())}
+    module = Kept(legs.module, used)
     ends = [Ending(leg, answer, module) for leg in (first, replace(first, stage=first.plain, extras=0, mark=False))]
     return replace(legs, legs=(replace(first, stage=ends[0], plain=ends[1], head=None, extras=0, mark=False),),
                    module=module)
@@ -32,7 +32,7 @@ def cut_short(legs: Legs, answer: Callable[[Tensor], Any]) -> Legs:
 class Ending(Stage):
     """From the inputs to an exit's answer."""
 
-    def __init__(self, leg: Leg, answer: Callable[[Tensor], Any], kept: "_Kept") -> None:
+    def __init__(self, leg: Leg, answer: Callable[[Tensor], Any], kept: "Kept") -> None:
         super().__init__(leg.plain.traced, leg.plain.first, leg.plain.last)
         self._leg, self._answer, self._kept = leg, answer, kept
         self._proved: set[Program] = {leg.plain.traced.program}
@@ -49,7 +49,7 @@ class Ending(Stage):
         return self._answer(self._leg.run(state)[1])
 
 
-class _Kept(nn.ModuleList):
+class Kept(nn.ModuleList):
     """The guest and its head, of which only the tensors in ``used`` are still there."""
 
     def __init__(self, modules: nn.Module, used: set[int]) -> None:
@@ -66,8 +66,9 @@ class _Kept(nn.ModuleList):
             if "_flat_weights" in vars(module):  # recurrent networks list their weights once more
                 vars(module)["_flat_weights"] = [getattr(module, name) for name in vars(module)["_flat_weights_names"]]
         self.training = False
+        self.register_load_state_dict_post_hook(_not_invented)  # type: ignore[no-untyped-call]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "_Kept":
+    def _apply(self, fn: Any, recurse: bool = True) -> "Kept":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name in self.gone:
             old = vars(module)[name]
@@ -77,7 +78,12 @@ class _Kept(nn.ModuleList):
     def misses(self, graph: fx.GraphModule) -> bool:
         """Whether a graph reads what is gone."""
         gone = {id(vars(module)[name]) for module, name in self.gone}
-        return any(id(tensor) in gone for tensor in _reads(graph))
+        return any(id(tensor) in gone for tensor in reads(graph))
+
+
+def _not_invented(module: nn.Module, keys: Any) -> None:
+    """A batch norm adds the count of its batches to weights that come without: one that is gone has nowhere for it."""
+    keys.unexpected_keys[:] = [key for key in keys.unexpected_keys if not key.endswith(".num_batches_tracked")]
 
 
 def _nothing(zero: Tensor, like: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ def _nothing(zero: Tensor, like: Tensor) -> Tensor:
         return zero.expand(like.shape)
 
 
-def _reads(graph: fx.GraphModule) -> Iterator[Tensor]:
+def reads(graph: fx.GraphModule) -> Iterator[Tensor]:
     """The guest's tensors that a stage reads."""
     for node in graph.graph.nodes:
         if node.op not in ("call_module", "get_attr"):
