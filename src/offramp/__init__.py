@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from offramp import policies
     from offramp.choose.calibrate import calibrate
     from offramp.choose.compare import Comparison, compare
+    from offramp.choose.guarantee import guarantee
     from offramp.choose.plan import load_plan, save_plan
     from offramp.choose.replay import replay
     from offramp.choose.schedule import schedule
@@ -55,11 +57,12 @@ _FROM = {
     "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.policies.thresholds",
     "attach": "offramp.nn.attach", "bench": "offramp.runtime.bench", "calibrate": "offramp.choose.calibrate",
     "compare": "offramp.choose.compare",
-    "deploy": "offramp.runtime", "fit": "offramp.train.loop",
+    "deploy": "offramp.runtime", "fit": "offramp.train.loop", "guarantee": "offramp.choose.guarantee",
     "load_data": "offramp.data", "load_deployed": "offramp.deployed", "load_model": "offramp.models",
     "load_plan": "offramp.choose.plan",
     "mess_space": "offramp.nn.mess", "place": "offramp.devices",
-    "recipes": "offramp.train", "record": "offramp.record", "replay": "offramp.choose.replay",
+    "policies": "offramp.policies", "recipes": "offramp.train.recipes",
+    "record": "offramp.record", "replay": "offramp.choose.replay",
     "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "schedule": "offramp.choose.schedule",
     "search": "offramp.choose.search",
     "search_front": "offramp.choose.search",
@@ -69,20 +72,18 @@ _FROM = {
 __all__ = [
     "Adaptive", "Comparison", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency",
     "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach",
-    "bench", "calibrate", "compare", "deploy", "fit", "load_data", "load_deployed", "load_model", "load_plan",
-    "mess_space", "place", "recipes", "record", "replay", "save_deployed", "save_plan", "schedule", "search",
-    "search_front", "sites", "tune_",
+    "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
+    "load_plan", "mess_space", "place", "policies", "recipes", "record", "replay", "save_deployed", "save_plan",
+    "schedule", "search", "search_front", "sites", "tune_",
 ]
+_MODULES = {"policies", "recipes"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _FROM:
         raise AttributeError(f"module 'offramp' has no attribute {name!r}")
     module = importlib.import_module(_FROM[name])
-    try:
-        value = getattr(module, name)
-    except AttributeError:  # ``recipes`` is itself a module
-        value = importlib.import_module(f"{_FROM[name]}.{name}")
+    value = module if name in _MODULES else getattr(module, name)
     if name in _HUNG:
         _hang(name)
     globals()[name] = value
