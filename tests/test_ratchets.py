@@ -15,7 +15,8 @@ PUBLIC = {
     "Adaptive", "Comparison", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency",
     "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach",
     "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
-    "load_plan", "mess_space", "place", "policies", "recipes", "record", "replay", "save_deployed", "save_plan", "schedule", "search",
+    "load_plan", "mess_space", "place", "policies", "recipes", "record", "replay", "save_deployed", "save_plan",
+    "schedule", "search",
     "search_front", "sites", "tune_",
 }
 EXTRAS = {"segmentation_models_pytorch", "transformers", "optuna", "matplotlib"}
