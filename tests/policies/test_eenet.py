@@ -245,6 +245,15 @@ def test_assignments_reach_the_whole_range_of_budgets(share: float) -> None:
     assert float((given @ course.cost).mean()) == pytest.approx(budget, rel=0.03)
 
 
+def test_assignments_are_learned_and_not_only_tilted() -> None:
+    side = torch.tensor([[1.0], [-1.0]]).repeat(60, 1)
+    scores = torch.cat([side, -side], dim=1).double() * 0.4 + 0.5
+    course = eenet_fit.Course(inputs=(side, side), start=(torch.zeros(1), torch.zeros(1)), right=scores,
+                              cost=torch.tensor([1.0, 2.0], dtype=torch.float64))
+    given = assign(course, scores, 1.5, beta=1.0, alpha_cost=10.0, hidden=8.0, seed=0)
+    torch.testing.assert_close(given, target(scores, 1.0), atol=0.1, rtol=0)
+
+
 def test_the_best_assignment_is_kept_and_not_what_became_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     course = course_of(lesson(classify(100)))
     scores = chain(course, course.start).clamp(0, 1)
@@ -373,6 +382,8 @@ def test_units_of_features_do_not_matter_and_budgets_are_kept() -> None:
     ours, theirs = at(1.7), again(1.7)
     for e in range(2):
         torch.testing.assert_close(ours.score(e, features), theirs.score(e, other), atol=2e-3, rtol=0)
+    boosted = EENet(spread=1e-4).fit_errors(features, errors, cost)(1.7)
+    assert boosted.weights[1] == pytest.approx((0, 0, 0, 1), abs=1e-3), "a score does not start as the one before it"
     with pytest.raises(PlanError, match="first exit"):
         at(0.9)
     with pytest.raises(OfframpError, match="2 features, 3 costs, 3 exits"):

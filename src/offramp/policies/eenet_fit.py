@@ -143,13 +143,13 @@ def fit_scores(course: Course, weight: Tensor, weights: Sequence[Tensor], *, spr
 
 
 def assign(course: Course, scores: Tensor, budget: float, *, beta: float, alpha_cost: float, hidden: float, seed: int,
-           epochs: int = 60, patience: int = 8, batch: int = 1024, rate: float = 0.01) -> Tensor:
+           epochs: int = 60, patience: int = 20, batch: int = 1024, rate: float = 0.03) -> Tensor:
     """Assignments (N, E) that ``h``, a two-layer MLP an exit, learns from clamped ``scores`` (N, E) for a budget.
 
     Each reads what its exit's score reads; ``hidden`` times as many units. The network itself is not kept: what a
-    policy needs of it are the mean shares. Where we differ: batches of 1,024 by Adam at 0.01 with a falling rate, at
-    most 60 epochs, the best one kept; inputs stand at zero mean, and the last layer starts at the mean target, tilted
-    to the budget: every budget is met from the first step on, the ends of the range too.
+    policy needs of it are the mean shares. Where we differ: batches of 1,024 by Adam at 0.03 with a falling rate, at
+    most 60 epochs or 200 steps, the best one kept; inputs stand at zero mean, and the last layer starts at the mean
+    target, tilted to the budget: every budget is met from the first step on, the ends of the range too.
     """
     draw = torch.Generator().manual_seed(seed)
     wanted = target(scores, beta).float()
@@ -171,6 +171,7 @@ def assign(course: Course, scores: Tensor, budget: float, *, beta: float, alpha_
                           for one, (a, b, c, d) in zip(rows, layers, strict=True)], dim=1)
 
     cost = course.cost.float()
+    epochs = max(epochs, 200 * batch // max(len(course), batch))  # the corner of |B - cost| makes few steps too few
     search = torch.optim.Adam(numbers, lr=rate)
     falls = torch.optim.lr_scheduler.CosineAnnealingLR(search, epochs, eta_min=rate / 20)
     best, least, waited = torch.zeros_like(wanted), math.inf, 0
