@@ -9,10 +9,11 @@ import pytest
 
 from choose.mess_tables import mess_table
 from choose.synthetic import classify, dense
+from offramp.choose import exact
 from offramp.choose.replay import replay
 from offramp.choose.search import PIXEL_THRESHOLDS, search, search_front
 from offramp.errors import OfframpError, PlanError
-from offramp.exhaustive import branch, exact
+from offramp.exhaustive import branch
 from offramp.exhaustive.goal import Goal, Ledger
 from offramp.exhaustive.settings import anytime
 from offramp.exhaustive.space import lay_out
