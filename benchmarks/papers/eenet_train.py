@@ -111,7 +111,8 @@ def corrupted(args: argparse.Namespace, variant: str, seed: int) -> ExitTable:
             adapted(args, variant, seed), torch.utils.data.DataLoader(Corrupted(held(args)), batch_size=256),
             split="held", device=args.device, latency=False)
         # one stream with the others
-        replace(found, costs=whole.costs, fingerprints={**whole.fingerprints, "split": "corrupted"}).save(folder)
+        replace(found, costs=whole.costs, class_names=whole.class_names,
+                fingerprints={**whole.fingerprints, "split": "corrupted"}).save(folder)
     return ExitTable.load(folder).split_rows({"calibration": 0.5, "test": 0.5}, seed=0)["test"]
 
 
