@@ -15,6 +15,7 @@ from offramp.choose.plan import load_plan, save_plan
 from offramp.cli import app
 from offramp.models import load_model
 from offramp.policies.thresholds import Thresholds
+from offramp.table import ExitTable
 from offramp.types import Plan
 
 DATA = "scenes?n=8&size=32x48&task=classify"
@@ -29,6 +30,7 @@ FLAGS = {
     "adapt": {"--data", "--out", "--max-drop", "--exits", "--heads", "--recipe", "--epochs", "--lr", "--seed",
               "--train-split", "--within", "--minimise", "--tolerance", "--confidence", "--max-exits", "--against",
               "--latency-batch", "--batches", "--batch-size", "--confidences", "--device", "--precision", "--again"},
+    "compare": {"--by", "--budgets", "--unit", "--latency-batch"},
     "run": {"--model", "--out", "--batch-size", "--engine", "--device", "--deadline-ms", "--overlays"},
     "bench": {"--batches", "--repeats", "--engine", "--dtype", "--budget", "--device"},
     "report": {"--out", "--split", "--static"},
@@ -102,6 +104,19 @@ def test_sites_for_a_person_and_for_a_machine() -> None:
     assert "layer1.0" in call("sites", "offramp:cifar_resnet20", "--shape", "3x32x32").stdout
     found = json.loads(call("sites", "offramp:cifar_resnet20", "--shape", "3x32x32", "--json").stdout)["sites"]
     assert {"name", "macs_before", "shrinkable"} <= set(found[0])
+
+
+def test_policies_side_by_side(run: Path) -> None:
+    said = json.loads(call("compare", run, "--by", "threshold,stopping", "--budgets", "1.2x,2x", "--json").stdout)
+    test = ExitTable.load(run / "tables" / "test.json")
+    own = (test.logits[:, -1].argmax(-1) == test.labels).double().mean().item()
+    found = {row["method"]: row for row in said["rows"] if row["budget"] is None}
+    assert found["untouched network"]["quality"] == pytest.approx(own)
+    assert {row["method"] for row in said["rows"]} >= {"threshold", "stopping", "oracle"}
+    assert "<svg" in (run / "comparison.html").read_text() and said["page"].endswith("comparison.html")
+    assert "'nonsense'" in refused("compare", run, "--by", "nonsense")
+    assert "--budgets" in refused("compare", run, "--budgets", "much")
+    assert "--unit" in refused("compare", run, "--unit", "joules")
 
 
 def test_the_whole_road(run: Path, tmp_path: Path) -> None:

@@ -167,6 +167,25 @@ def search(
     _searched(run, search_run(Run.open(run), options=options, command=command_line(), quiet=as_json), as_json)
 
 
+@app.command(epilog="offramp compare run --by stopping,eenet,msdnet --budgets 0.5x,0.6x,0.8x")
+@verb
+def compare(
+    run: Folder, by: Annotated[str, typer.Option(help="Of stopping, eenet, msdnet, branchynet, pabee, pcee, mamlstop, "
+                                                 "gati, threshold, topk; with commas.")] = "stopping,eenet,msdnet",
+    budgets: Annotated[str, typer.Option(help="Means a sample: 0.6x of the untouched network, or plain numbers.")]
+    = "0.5x,0.6x,0.7x,0.8x",
+    unit: Annotated[str, typer.Option(help="macs or latency_ms.")] = "macs", latency_batch: LatencyBatch = 1,
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Hold policies against each other: fitted on calibration, judged on test, with limits and controls."""
+    from offramp.cli.budgets import compare_run
+    from offramp.cli.folder import Run
+
+    found = compare_run(Run.open(run), by=by, budgets=budgets, unit=unit, batch=latency_batch, quiet=as_json)
+    page = run / "comparison.html"
+    result({"run": str(run), "page": str(page), **found.to_json()}, f"{found.table()}\n{page}", as_json=as_json)
+
+
 @app.command(epilog="offramp adapt torchvision:resnet18?weights=net.pth --data imagefolder:photos --out run "
                     "--max-drop 0.01\n\n" + EPILOG)
 @verb
