@@ -12,6 +12,7 @@ N samples, E exits (the last being the backbone), K classes.
 import copy
 import random
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _live(logits: Tensor, policy: Policy, batch: int) -> Tensor:
     return torch.cat(exits)
 
 
-class PolicyContract:
+class PolicyContract(ABC):
     """What the runtime and the replay rely on in a ``Policy``; a subclass gives ``policy()`` and sets what differs.
 
     The batch shrinks and is cut up differently live and on the table, so a row must be judged by its own evidence
@@ -101,9 +102,9 @@ class PolicyContract:
     classes = 5
     task: Task = "classify"
 
+    @abstractmethod
     def policy(self) -> Policy:
         """A new policy, fitted and ready to decide."""
-        raise NotImplementedError(f"{type(self).__name__}.policy() must return the policy under test")
 
     # ---- inputs -----------------------------------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ class PolicyContract:
         assert torch.equal(self.decisions(logits, loaded.policy), self.decisions(logits, policy))
 
 
-class SchedulerContract:
+class SchedulerContract(ABC):
     """What ``compare`` and the budgets rely on in a ``Scheduler``; a subclass gives ``scheduler()``.
 
     Whatever the table is like, each budget from the first exit's cost up gives a policy that keeps it on the table's
@@ -221,9 +222,9 @@ class SchedulerContract:
     """The share of the way from the first exit's cost to the backbone's by which a policy may stay below its budget,
     where scores differ; 1: as far as it likes."""
 
+    @abstractmethod
     def scheduler(self) -> Scheduler:
         """A new scheduler, to be fitted."""
-        raise NotImplementedError(f"{type(self).__name__}.scheduler() must return the scheduler under test")
 
     # ---- inputs -----------------------------------------------------------------------------------------------
 
