@@ -62,11 +62,15 @@ class ExitColumn:
     """One exit of a table: a head at a site. The last column of a table is always the backbone itself."""
 
     name: str
-    """The site's name; ``site/head`` where the site carries several candidate heads; ``final`` for the backbone."""
+    """The site's name; ``site/head`` where the site carries several candidate heads; ``final`` for the backbone. Of a
+    narrower network with its width behind: ``site@0.5``, ``final@0.5``."""
     site: str
     head: str = ""
     stride: int = 1
     """Dense: output pixels per step of the map that the head reads; semantic edges are as thick (MESS, Eq. 8)."""
+    width: float = 1.0
+    """At which share of its channels the network ran. Columns of one width share their work; those of another start
+    again from the input."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,31 @@ def test_joint_against_brute_force(smooth: bool, against: str) -> None:
     assert max(gaps) < 0.01
 
 
+def test_joint_chooses_among_widths_too() -> None:
+    for seed in range(4):
+        problem = posed(wide(classify(150, 4, 5, seed=seed)), steps=6)
+        for allowed in (0.0, 0.02, 0.06):
+            choice = best_joint(problem, allowed)
+            assert problem.run(choice)[1] <= brute(problem, allowed) * 1.01
+    plan = search(wide(classify(600, 4, 5, skill=(2.5, 3.0))), max_drop=0.1)
+    assert any(name.endswith("@0.5") for name in plan.exits)
+    # by hand: samples that the narrow network keeps pay for it and start again
+    done = replay(wide(classify(600, 4, 5, skill=(2.5, 3.0))), replace(plan, exits=("block0@0.5", "final@0.5"),
+                                                                       policy=Thresholds(thresholds=(0.99, 0.9))))
+    assert done.names == ("block0@0.5", "final@0.5", "final")
+    paid = torch.tensor([130.0, 280.0, 1280.0])
+    assert torch.equal(done.macs, paid[done.exit_index].double()) and len(set(done.exit_index.tolist())) == 3
+
+
+def wide(table: ExitTable) -> ExitTable:
+    """The first two of four early exits stand for a narrow network: its exit, and its end."""
+    names = ("block0@0.5", "final@0.5", "block2", "block3", "final")
+    columns = tuple(ExitColumn(name=name, site=name, width=0.5 if "@" in name else 1.0) for name in names)
+    costs = replace(table.costs, macs=(100, 250, 400, 700, 1000), head_macs=(30, 0, 30, 30, 0), latency=(),
+                    widths=(0.5, 0.5, 1, 1, 1))
+    return replace(table, columns=columns, costs=costs)
+
+
 def test_joint_against_brute_force_for_miou() -> None:
     for seed in range(3):
         problem = posed(dense(40, 2, seed=seed), steps=10)

@@ -1,3 +1,5 @@
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
@@ -51,3 +53,33 @@ def test_select_keeps_the_times_of_the_chosen() -> None:
                                                   costs_of(3).at(batch=32).backbone_p50_ms[3])
     with pytest.raises(FileFormatError):
         Costs.from_json({"macs": [1]})
+
+
+def wide() -> Costs:
+    """A network at half its width, with an exit, and at full width, with two."""
+    return Costs(macs=(30, 100, 120, 250, 400), head_macs=(3, 0, 12, 20, 0), param_bytes=(1, 10, 4, 8, 40),
+                 head_param_bytes=(1, 0, 2, 2, 0), peak_bytes=(5, 6, 9, 9, 8), widths=(0.5, 0.5, 1, 1, 1))
+
+
+def test_another_width_starts_again_and_pays_for_what_ran_before() -> None:
+    costs = wide()
+    # by hand: leave the narrow one at its exit, run it to its end, or give it up at the exit
+    assert costs.path([0, 1, 3, 4]).tolist() == [33, 103, 100 + 3 + 250 + 20, 100 + 3 + 20 + 400]
+    assert costs.path([0, 4]).tolist() == [33, 30 + 3 + 400]
+    assert costs.path([2, 4]).tolist() == [132, 412]
+    assert costs.price([1], setting="budgeted") == 100
+    assert costs.price([0, 1, 3, 4], "param_bytes") == 10 + 40 + 1 + 2
+    assert costs.price([0, 4], "param_bytes") == 1 + 1 + 40
+    assert Costs.from_json(asdict(costs)) == costs
+    assert costs.select([2, 4]).widths == ()
+    assert costs.select([1, 4]).path([0, 1]).tolist() == [100, 500]
+
+
+def test_widths_rise_and_macs_within_them() -> None:
+    with pytest.raises(OfframpError, match="not one a column, the narrowest first"):
+        replace(wide(), widths=(1, 1, 0.5, 0.5, 0.5))
+    with pytest.raises(OfframpError, match="fall with depth"):
+        replace(wide(), macs=(100, 30, 120, 250, 400))
+    with pytest.raises(PlanError, match="several|columns of one width"):
+        wide().one_width("here")
+    assert wide().select([2, 3, 4]).one_width("here").macs == (120, 250, 400)

@@ -41,7 +41,7 @@ def test_saved_is_loaded(kind: str, where: str, tmp_path: Path) -> None:
     page = table.save(tmp_path / where)
     same(ExitTable.load(tmp_path / where), table)
     same(ExitTable.load(page), table)
-    assert json.loads(page.read_text())["version"] == 2
+    assert json.loads(page.read_text())["version"] == 3
     assert not [path for path in page.parent.iterdir() if path.name.startswith(".")]
 
 
@@ -72,7 +72,7 @@ def edit(**changes: Any) -> Any:
     (lambda page, payload: page.write_text(page.read_text()[:100]), "undamaged"),
     (lambda page, payload: page.write_bytes(b"\x80\x04\x95"), "undamaged"),
     (lambda page, payload: page.unlink(), "nothing at"),
-    (edit(version=3), "later one"), (edit(version="x"), "undamaged"), (edit(format="other"), "format"),
+    (edit(version=4), "later one"), (edit(version="x"), "undamaged"), (edit(format="other"), "format"),
     (edit(samples=99), "99 promised"), (edit(columns=[]), "columns"), (edit(task="pose"), "task"),
     (edit(tensors={"file": "../x", "sha256": ""}), "does not name"), (edit(costs={}), "macs"),
     (edit(fingerprints={}), "fingerprint"), (edit(fingerprints=None), "whole table"),

@@ -63,7 +63,7 @@ class _Hunt:
         self.space, self.goal, self.ledger, self.max_exits = space, goal, ledger, max_exits
         self.best = known
         self.found: tuple[int, ...] | None = None
-        costs = space.table.costs
+        costs = space.table.costs.one_width("search(tolerance='exact')")
         # bounds know one additive cost: the objective's own where it is one
         self.unit = next((u for u in goal.units if u == goal.minimise), goal.units[0] if goal.units else None)
         self.raw: dict[str, tuple[Floats, Floats]] = {unit: costs.parts(unit, batch=goal.batch) for unit in goal.units}

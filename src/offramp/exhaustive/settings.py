@@ -48,6 +48,7 @@ def anytime(costs: Costs, quality: Floats, site: Sequence[int], goal: Goal, ledg
     last = len(quality) - 1
     heads = {s: np.flatnonzero(np.array(site) == s) for s in sorted(set(site))}
     units = (*dict.fromkeys((*goal.units, "macs")),)
+    costs.one_width("search(setting='anytime')")
     parts = {unit: costs.parts(unit, batch=goal.batch) for unit in units}
     best: list[Found] = []
     for chosen in itertools.combinations(heads, exits):

@@ -65,7 +65,7 @@ class LearnedCache:
             raise OfframpError(expected=f"at most {_MOST_EXITS} early exits", got=f"{lesson.exits - 1}",
                                where="LearnedCache.compose()", todo="select some columns of the table first.")
         scores, right = self._selectors(lesson)[1], lesson.right
-        body, head = lesson.table.costs.parts(lesson.unit, batch=lesson.batch)
+        body, head = lesson.table.costs.one_width("LearnedCache.compose()").parts(lesson.unit, batch=lesson.batch)
 
         def cheapest(e: int, here: Tensor, heads: float) -> tuple[float, tuple[str, ...]]:
             """Of those that come to exit e, what they pay in all at best, and at which exits from there on."""

@@ -1,4 +1,8 @@
-"""What leaving at each column of a table costs. E exits, the last being the backbone."""
+"""What leaving at each column of a table costs. E exits, the last being the backbone.
+
+A network of several widths has the columns of each, the narrowest first. Whoever goes from a narrower column to a
+wider one starts again from the input: nothing of the narrower run is used, all of it is paid.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,11 +56,14 @@ class Costs:
     head_param_bytes: tuple[int, ...]
     peak_bytes: tuple[int, ...]
     latency: tuple[Latency, ...] = ()
+    widths: tuple[float, ...] = ()
+    """Of each column, rising; nothing: all columns are of one width. Other sequences are cumulative within a width."""
 
     def __post_init__(self) -> None:
         for name in ("macs", "head_macs", "param_bytes", "head_param_bytes", "peak_bytes"):
             object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
         object.__setattr__(self, "latency", tuple(self.latency))
+        object.__setattr__(self, "widths", tuple(map(float, self.widths)) if len(set(self.widths)) > 1 else ())
         columns = len(self.macs)
         faults = [
             f"{name} has {len(getattr(self, name))} values"
@@ -68,8 +75,10 @@ class Costs:
                 f"latency[{index}].{name} has {len(getattr(one, name))} values" for name in _TIMES
                 if len(getattr(one, name)) != columns
             ]
+        if self.widths and (len(self.widths) != columns or list(self.widths) != sorted(self.widths)):
+            faults.append(f"widths {self.widths}, not one a column, the narrowest first")
         if not faults and columns:
-            if any(later < sooner for sooner, later in zip(self.macs, self.macs[1:], strict=False)):
+            if any(self.macs[e + 1] < self.macs[e] for e in range(columns - 1) if not self._restarts(e, e + 1)):
                 faults.append(f"macs {self.macs} fall with depth")
             if self.head_macs[-1]:
                 faults.append(f"the last column, the backbone itself, has a head of {self.head_macs[-1]} macs")
@@ -89,11 +98,27 @@ class Costs:
         chosen = list(columns)
         body, head = self.parts(unit, batch=batch, device=device, engine=engine, dtype=dtype)
         priced: NDArray[np.float64] = body[chosen] + np.cumsum(head[chosen])
+        for k in range(1, len(chosen)):  # a narrower run given up is paid up to where it ended
+            if self._restarts(chosen[k - 1], chosen[k]):
+                priced[k:] += body[chosen[k - 1]]
         return priced
+
+    def one_width(self, where: str) -> "Costs":
+        """Itself; PlanError where columns of several widths share no work, which ``where`` builds upon."""
+        if self.widths:
+            raise PlanError(expected="columns of one width", got=f"the widths {sorted(set(self.widths))}", where=where,
+                            todo="select the full width's columns, or search with tolerance='joint'.")
+        return self
+
+    def _restarts(self, one: int, other: int) -> bool:
+        return bool(self.widths) and self.widths[one] != self.widths[other]
 
     def parts(self, unit: Unit = "macs", *, batch: int = 1, device: str | None = None, engine: str | None = None,
               dtype: str | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(body, head), both (E,): a sample's way to each column's site, and the column's head alone; as ``path``."""
+        """(body, head), both (E,): a sample's way to each column's site, and the column's head alone; as ``path``.
+
+        The way is that of the column's own width, as if no narrower one had run before.
+        """
         if unit == "macs":
             return np.array(self.macs, np.float64), np.array(self.head_macs, np.float64)
         if unit == "latency_ms":
@@ -114,8 +139,11 @@ class Costs:
         chosen = list(columns[:1] if setting == "budgeted" else columns)
         if unit == "peak_bytes":
             return float(max(self.peak_bytes[column] for column in chosen))
-        if unit == "param_bytes":
-            return float(self.param_bytes[chosen[-1]] + sum(self.head_param_bytes[column] for column in chosen))
+        if unit == "param_bytes":  # each width is a network of its own there
+            ends = [one for one, after in zip(chosen, [*chosen[1:], None], strict=True)
+                    if after is None or self._restarts(one, after)]
+            return float(sum(self.param_bytes[column] for column in ends)
+                         + sum(self.head_param_bytes[column] for column in chosen))
         paid = self.path(chosen, unit, batch=batch)
         if setting != "input_dependent":
             return float(paid[-1])
@@ -146,7 +174,7 @@ class Costs:
 
         return Costs(
             **{name: pick(getattr(self, name)) for name in _COUNTS},
-            latency=tuple(one.select(columns) for one in self.latency),
+            latency=tuple(one.select(columns) for one in self.latency), widths=pick(self.widths) if self.widths else (),
         )
 
     @staticmethod
@@ -159,6 +187,7 @@ class Costs:
                     Latency(**{**one, **{name: tuple(map(float, one[name])) for name in _TIMES}})
                     for one in data["latency"]
                 ),
+                widths=tuple(data.get("widths", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(expected="costs as ExitTable.save writes them", got=repr(error),

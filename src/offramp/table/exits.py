@@ -19,7 +19,7 @@ from offramp.types import CONFIDENCES, EDGED, HISTOGRAM_BINS, Evidence, ExitColu
 
 __all__ = ["ExitTable"]
 
-_FORMAT, _VERSION = "offramp.table", 2  # 2: strides of columns, some histograms, agreement or not
+_FORMAT, _VERSION = "offramp.table", 3  # 2: strides of columns, some histograms, agreement or not; 3: widths
 _MARKS = ("model", "data", "split")
 _TENSORS = {  # name -> axes
     "labels": "N", "logits": "NEK", "confusion": "NEKK", "agreement_confusion": "NEKK", "probs": "NEK",
@@ -277,10 +277,12 @@ class ExitTable:
                 faults.append(f"{name} of shape {tuple(shape)}, not ({', '.join(letters)}) = {wanted}")
         if len(self.costs.macs) != sizes["E"]:
             faults.append(f"costs of {len(self.costs.macs)} columns, not {sizes['E']}")
+        if (self.costs.widths or (1.0,) * len(self.columns)) != tuple(column.width for column in self.columns):
+            faults.append(f"costs of the widths {self.costs.widths}, columns of others")
         if len(set(self.names)) != len(self.names):
             faults.append(f"columns named twice: {', '.join(self.names)}")
-        if not self.columns or self.columns[-1].name != "final":
-            faults.append("a last column that is not 'final'")
+        if not self.columns or self.columns[-1].name != "final" or self.columns[-1].width != 1:
+            faults.append("a last column that is not 'final' at full width")
         if self.class_names and len(self.class_names) != sizes["K"]:
             faults.append(f"{len(self.class_names)} class names for {sizes['K']} classes")
         faults += [f"no fingerprint of the {name}" for name in _MARKS if not self.fingerprints.get(name)]
