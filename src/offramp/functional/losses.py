@@ -1,4 +1,6 @@
-"""Losses of exits. N samples, K classes; trailing axes (H W) are averaged over like samples."""
+"""Losses of exits and of widths. N samples, K classes; trailing axes (H W) are averaged over like samples."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,8 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 
-__all__ = ["Lesson", "cross_entropy", "distillation", "kl_to_teacher", "positive_filtering"]
+__all__ = ["Lesson", "binary_cross_entropy", "cross_entropy", "distillation", "kl_to_teacher", "ohem_cross_entropy",
+           "positive_filtering", "soft_cross_entropy"]
 
 
 def kl_to_teacher(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -41,6 +44,71 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
     """
     total = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignore, reduction="sum")
     return total / (labels != ignore).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(
+    logits: Tensor, labels: Tensor, threshold: float = 0.7, least: float = 1 / 16, ignore: int = 255
+) -> Tensor:
+    """Mean over hard positions alone: logits (N, K, ...), labels (N, ...) -> scalar; zero where none is labelled.
+
+    Hard is where the label's probability is below ``threshold``; if that are fewer than the share ``least`` of the
+    labelled positions of the batch, that share with the highest losses. Online hard example mining as public
+    segmentation code has it (BiSeNet's takes 0.7 and 1/16); SlimSeg names it without its numbers.
+
+    >>> import torch
+    >>> sure_and_unsure = torch.tensor([[9.0, 0.0], [0.0, 0.0]])
+    >>> round(ohem_cross_entropy(sure_and_unsure, torch.tensor([0, 0])).item(), 4)
+    0.6931
+    """
+    loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignore, reduction="none")[labels != ignore]
+    hard = loss[loss > -math.log(threshold)]
+    fewest = math.ceil(least * len(loss))
+    if len(hard) < fewest:
+        hard = loss.topk(fewest).values
+    return hard.sum() / max(1, len(hard))
+
+
+def soft_cross_entropy(logits: Tensor, teacher: Tensor, where: Tensor | None = None) -> Tensor:
+    r"""Cross-entropy against probabilities: logits and teacher (N, K, ...), where (N, ...) bool -> scalar.
+
+    .. math:: -\frac{1}{P} \sum_{p \in \text{where}} \sum_k q_{pk} \log \sigma(z_p)_k
+
+    over the P positions of ``where``, all unless given; zero, with gradient, if there are none. SlimSeg's L_KD
+    (Eq. 1), US-Net's inplace distillation (arXiv:1903.05134). No gradient reaches the teacher. It is KL plus the
+    teacher's entropy, hence of the same gradient, and linear in the teacher: the mean of it over several teachers is
+    it against their mean.
+
+    >>> import torch
+    >>> round(soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]])).item(), 4)
+    0.6931
+    """
+    if logits.shape != teacher.shape:
+        raise OfframpError(expected="logits and teacher of one shape", where="soft_cross_entropy()",
+                           got=f"{tuple(logits.shape)} and {tuple(teacher.shape)}")
+    return _mean_over(-(teacher.detach() * logits.float().log_softmax(1)).sum(1), where)
+
+
+def binary_cross_entropy(logits: Tensor, teacher: Tensor, where: Tensor | None = None) -> Tensor:
+    """Of yes or no: logits and probabilities (or labels 0, 1) of one shape, where bool -> scalar, the mean over where.
+
+    SlimSeg's L_b (Eq. 2), which balances nothing. No gradient reaches the teacher; zero, with gradient, where none
+    counts.
+
+    >>> import torch
+    >>> round(binary_cross_entropy(torch.zeros(2), torch.tensor([0, 1])).item(), 4)
+    0.6931
+    """
+    if logits.shape != teacher.shape:
+        raise OfframpError(expected="logits and teacher of one shape", where="binary_cross_entropy()",
+                           got=f"{tuple(logits.shape)} and {tuple(teacher.shape)}")
+    goal = teacher.detach().float()
+    return _mean_over(F.binary_cross_entropy_with_logits(logits.float(), goal, reduction="none"), where)
+
+
+def _mean_over(values: Tensor, where: Tensor | None) -> Tensor:
+    if where is None:
+        return values.mean()
+    return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)
 
 
 def distillation(
