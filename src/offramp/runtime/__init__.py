@@ -1,6 +1,8 @@
 """Deployed networks that obey a plan, and the clock that they are held against."""
 
-from offramp.runtime.adaptive import Adaptive, Answer, deploy
+from offramp.runtime._deploy import deploy
+from offramp.runtime.adaptive import Adaptive, Answer
 from offramp.runtime.anytime import Anytime, Refined
+from offramp.runtime.deadline import ByDeadline
 
-__all__ = ["Adaptive", "Answer", "Anytime", "Refined", "deploy"]
+__all__ = ["Adaptive", "Answer", "Anytime", "ByDeadline", "Refined", "deploy"]

@@ -1,0 +1,129 @@
+"""``net.deploy(plan)``: from a plan to a plain module that obeys it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from offramp.errors import OfframpError, PlanError
+from offramp.nn.guest import fingerprint_of
+from offramp.nn.multiexit import MultiExit
+from offramp.nn.output import with_logits
+from offramp.runtime import anytime
+from offramp.runtime._evidence import gather_for
+from offramp.runtime._legs import Build, Engine, build_legs
+from offramp.runtime.adaptive import Adaptive
+from offramp.runtime.budgeted import cut_short
+from offramp.runtime.deadline import ByDeadline
+from offramp.types import Plan
+
+__all__ = ["deploy"]
+
+
+@overload
+def deploy(
+    net: MultiExit, plan: Plan, *,
+    engine: Engine = ..., dtype: torch.dtype | Literal["bf16", "fp32"] | None = ...,
+    shrink: bool | Literal["auto"] = ..., channels_last: bool | None = ..., fold: bool | None = ...,
+) -> Adaptive: ...
+@overload
+def deploy(
+    net: MultiExit, plan: Sequence[Plan], *,
+    engine: Engine = ..., dtype: torch.dtype | Literal["bf16", "fp32"] | None = ...,
+    shrink: bool | Literal["auto"] = ..., channels_last: bool | None = ..., fold: bool | None = ...,
+) -> ByDeadline: ...
+def deploy(
+    net: MultiExit,
+    plan: Plan | Sequence[Plan],
+    *,
+    engine: Engine = "eager",
+    dtype: torch.dtype | Literal["bf16", "fp32"] | None = None,
+    shrink: bool | Literal["auto"] = "auto",
+    channels_last: bool | None = None,
+    fold: bool | None = None,
+) -> Adaptive | ByDeadline:
+    """Make a plain module that obeys a plan: stages merged between the chosen exits, only their heads kept.
+
+    Of several budgeted plans it makes one that picks among them call by call: :class:`ByDeadline`.
+
+    The network it comes from is left as it is and may go on training. With ``engine="eager"`` and nothing else asked,
+    weights are shared with it, and a call in which no row leaves early says what the untouched network says, bit for
+    bit; every other choice changes rounding.
+
+    engine: "compile" gives each stage, its head and its confidence to ``torch.compile`` with frozen weights, once for a
+        single row and once for any larger batch.
+    dtype: "bf16" runs the network in bfloat16; confidences and answers stay as wide as the network was.
+    shrink: whether the batch drops the rows that left. "auto" measures once on this machine where that pays.
+    channels_last: how 4-D tensors lie; nothing: channels last wherever weights are copied anyway.
+    fold: whether batch norms go into the convolutions before them; nothing: wherever weights are copied anyway.
+
+    PlanError where the plan does not belong to this network; HeadError where an exit cannot answer in the form of the
+    network's output.
+    """
+    if not isinstance(plan, Plan):
+        return ByDeadline([deploy(net, one, engine=engine, dtype=dtype, shrink=shrink, fold=fold,
+                                  channels_last=channels_last) for one in plan])
+    _check_plan(net, plan)
+    if engine not in ("eager", "compile"):
+        raise OfframpError(expected="engine 'eager' or 'compile'", got=repr(engine), where="deploy()")
+    if shrink not in (True, False, "auto"):
+        raise OfframpError(expected="shrink True, False or 'auto'", got=repr(shrink), where="deploy()")
+    narrow = _dtype(dtype)
+    copied = engine == "compile" or narrow is not None or bool(channels_last) or bool(fold)
+    build = Build(engine=engine, dtype=narrow, channels_last=copied if channels_last is None else channels_last,
+                  fold=copied if fold is None else fold)
+    answer = _answers(net, plan)
+    strides = {column.name: column.stride for column in net.columns}
+    gather = gather_for(plan.task, plan.policy, [strides[name] for name in plan.exits])
+    legs = build_legs(net, plan.exits, build, gather.score if plan.setting == "input_dependent" else None)
+    if plan.setting == "budgeted" and plan.exits:
+        legs = cut_short(legs, answer)
+    sites = {site.name: site for site in net.sites}
+    chosen = [sites[column.site] for name in plan.exits for column in net.columns if column.name == name]
+    ends = [*(site.macs_before for site in chosen), *(one.macs_before + one.macs_after for one in net.sites[:1])]
+    pace = anytime.Pace([end - start for start, end in zip([0, *ends], ends or [1], strict=False)])
+    return Adaptive(legs, plan, answer=answer, gather=gather, shrink=shrink, engine=engine, pace=pace)
+
+
+def _answers(net: MultiExit, plan: Plan) -> Callable[[Tensor], Any]:
+    """From an exit's logits to an output; holds the output's form, not the network."""
+    template = net.traced.output
+    if not plan.exits:
+        return lambda logits: logits
+    said = net.logits(template)
+    with_logits(template, said, lambda _: said)
+    empty, form = said[:0].clone(), pytree.tree_map(lambda t: t[:0].clone() if isinstance(t, Tensor) else t, template)
+    return lambda logits: with_logits(form, logits, lambda _: empty)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    known = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, torch.float32: torch.float32,
+             torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float64: torch.float64}
+    if dtype not in known:
+        raise OfframpError(expected="dtype None, 'bf16', 'fp32' or a floating torch.dtype", got=repr(dtype),
+                           where="deploy()")
+    return known[dtype]
+
+
+def _check_plan(net: MultiExit, plan: Plan) -> None:
+    names = [column.name for column in net.columns]
+    faults = []
+    if plan.task != net.task:
+        faults.append(f"task {plan.task!r}, the network's is {net.task!r}")
+    if plan.setting == "budgeted" and len(plan.exits) > 1:
+        faults.append(f"{len(plan.exits)} exits in a budgeted plan, which ends at one")
+    if missing := [name for name in plan.exits if name not in names[:-1]]:
+        faults.append(f"exits {missing}, the network has {names[:-1]}")
+    else:
+        places = [names.index(name) for name in plan.exits]
+        sites = [net.columns[place].site for place in places]
+        if places != sorted(set(places)) or len(set(sites)) != len(sites):
+            faults.append(f"exits {list(plan.exits)}, not in order of depth with one a site")
+    made_for = plan.fingerprints.get("model")
+    if not faults and made_for and made_for != fingerprint_of(net):
+        faults.append(f"network {made_for}, this one is {fingerprint_of(net)}: other weights or another model")
+    if faults:
+        raise PlanError(expected="a plan for this network", got="; ".join(faults), where="deploy()",
+                        todo="record this network and search a plan on that table.")
