@@ -1,6 +1,8 @@
 """What can go wrong, said once and in one mould: what was expected, what came, where, what to do next."""
 
-__all__ = ["CutError", "DataError", "FileFormatError", "HeadError", "OfframpError", "PlanError"]
+__all__ = [
+    "CutError", "DataError", "FileFormatError", "HeadError", "OfframpError", "PlanError", "WidthError",
+]
 
 
 class OfframpError(ValueError):
@@ -43,3 +45,7 @@ class FileFormatError(OfframpError):
 
 class PlanError(OfframpError):
     """A plan that no exits and thresholds can satisfy, or that does not belong to this network."""
+
+
+class WidthError(OfframpError):
+    """A network that cannot be narrowed as asked; names the op whose channels nobody can follow, the file and line."""
