@@ -17,7 +17,7 @@ PUBLIC = {
     "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
     "load_plan", "mess_space", "place", "policies", "recipes", "record", "replay", "save_deployed", "save_plan",
     "schedule", "search",
-    "search_front", "sites", "tune_",
+    "search_front", "sites", "slim_", "slim_plan", "tune_",
 }
 EXTRAS = {"segmentation_models_pytorch", "transformers", "optuna", "matplotlib"}
 

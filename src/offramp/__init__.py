@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from offramp.nn.mess import MessSpec, mess_space
     from offramp.nn.multiexit import MultiExit
     from offramp.nn.shortcut import ShortcutSpec
+    from offramp.nn.slim import slim_, slim_plan
     from offramp.nn.tune import tune_
     from offramp.policies.thresholds import Thresholds
     from offramp.record import record
@@ -66,7 +67,7 @@ _FROM = {
     "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "schedule": "offramp.choose.schedule",
     "search": "offramp.choose.search",
     "search_front": "offramp.choose.search",
-    "sites": "offramp.graph", "tune_": "offramp.nn.tune",
+    "sites": "offramp.graph", "slim_": "offramp.nn.slim", "slim_plan": "offramp.nn.slim", "tune_": "offramp.nn.tune",
 }
 
 __all__ = [
@@ -74,7 +75,7 @@ __all__ = [
     "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach",
     "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
     "load_plan", "mess_space", "place", "policies", "recipes", "record", "replay", "save_deployed", "save_plan",
-    "schedule", "search", "search_front", "sites", "tune_",
+    "schedule", "search", "search_front", "sites", "slim_", "slim_plan", "tune_",
 ]
 _MODULES = {"policies", "recipes"}
 
