@@ -8,7 +8,7 @@ from torch import nn
 from offramp._extras import require
 from offramp._specs import Spec, load_callable, near, parse
 from offramp.errors import OfframpError
-from offramp.models import cifar_resnet, scene_nets
+from offramp.models import cifar_resnet, deeplab, scene_nets, sfnet
 from offramp.models.weights import WEIGHT_SUFFIXES, load_weights_
 
 __all__ = ["load_model"]
@@ -17,7 +17,11 @@ OWN: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet20": cifar_resnet.cifar_resnet20, "cifar_resnet32": cifar_resnet.cifar_resnet32,
     "cifar_resnet44": cifar_resnet.cifar_resnet44, "cifar_resnet56": cifar_resnet.cifar_resnet56,
     "cifar_resnet110": cifar_resnet.cifar_resnet110,
+    "deeplabv3plus_mobilenetv2": deeplab.deeplabv3plus_mobilenetv2,
+    "deeplabv3plus_resnet50": deeplab.deeplabv3plus_resnet50,
     "scenes_classify": scene_nets.scenes_classify, "scenes_dense": scene_nets.scenes_dense,
+    "sfnet_dfnetv1": sfnet.sfnet_dfnetv1, "sfnet_dfnetv2": sfnet.sfnet_dfnetv2,
+    "sfnet_resnet18": sfnet.sfnet_resnet18, "sfnet_resnet50": sfnet.sfnet_resnet50,
 }
 KINDS = ("offramp", "torchvision", "timm", "smp", "hf")
 HF_CLASSES = {
