@@ -41,7 +41,8 @@ def test_signals_of_logits(exit_index: int) -> None:
                 break
             row += 1
         assert said.vote[n] == names.count(names[-1]) / len(names) and said.repeats[n] == row
-    assert {getattr(said, name).dtype for name in vars(said)} == {torch.float64}
+    every = ("probs", "top", "margin", "entropy", "vote", "repeats")
+    assert {getattr(said, name).dtype for name in every} == {torch.float64}
     assert said.columns().shape == (60, 8) and torch.equal(said.columns()[:, 4], said.top)
 
 

@@ -4,9 +4,10 @@ n rows, N samples, E exits, j of them passed, K classes.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Literal, final
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from offramp.errors import OfframpError, PlanError
 from offramp.policies.eenet_fit import Course, assign, chain, fit_scores, tilted
+from offramp.policies.glance import disorder_of, glance, weighed
 from offramp.policies.lesson import Lesson
 from offramp.policies.quotas import Thresholded, geometric, mean_cost, thresholds_for, within
 from offramp.policies.scored import leave_above
@@ -61,13 +63,45 @@ class EENetPolicy:
         """What is held against the threshold: (n,) float64, larger is surer."""
         inputs = read(evidence)
         passed, wide = inputs.shape[1:]
+        if wide != len(self.weights[0]):
+            raise OfframpError(expected=f"{len(self.weights[0]) - _STATISTICS} classes", got=f"{wide - _STATISTICS}",
+                               where="EENetPolicy",
+                               todo="fit it on a table of this network, which has the same classes.")
         asked = slice(exit_index + 1 - passed, exit_index + 1)
         raw = (inputs * self._on(inputs.device)[asked, :wide]).sum(dim=2)
         return _fed(raw.unbind(dim=1), [row[wide:] for row in self.weights[asked]])
 
     def decide(self, exit_index: int, evidence: Evidence) -> Tensor:
         """Bool (n,): the rows that leave. Raises DataError on NaN, which no threshold can judge."""
-        return leave_above(self.thresholds[exit_index], self.score(exit_index, evidence), exit_index)
+        threshold = self.thresholds[exit_index]
+        seen = glance(evidence, threshold, partial(self._glance, exit_index))
+        return leave_above(threshold, self.score(exit_index, evidence), exit_index) if seen is None else seen
+
+    def _glance(self, exit_index: int, rows: list[list[float]]) -> tuple[float, float]:
+        classes, found = len(rows[0]), math.nan
+        if len(rows) != exit_index + 1 or len(self.weights[exit_index]) != classes + _STATISTICS + exit_index:
+            return found, 0.0
+        labels, clamped = list[int](), list[float]()
+        for logits, weights in zip(rows, self.weights, strict=False):
+            below, shares, total = weighed(logits)
+            disorder = disorder_of(below, shares, total)
+            labels.append(logits.index(max(logits)))
+            top, entropy, vote = weights[classes : classes + _STATISTICS]
+            found = (sum(map(operator.mul, weights, shares)) + top) / total \
+                + entropy * (1 - disorder / math.log(classes)) + vote * (labels.count(labels[-1]) / len(labels)) \
+                + sum(map(operator.mul, weights[classes + _STATISTICS :], clamped))
+            clamped.append(min(max(found, 0.0), 1.0))
+        return found, self._slacks[exit_index]
+
+    @cached_property
+    def _slacks(self) -> list[float]:
+        """How far rounding can carry each score, many times over: what it reads lies in [0, 1]."""
+        found: list[float] = []
+        for row in self.weights:
+            fed = row[len(self.weights[0]) :]
+            passed_on = sum(abs(weight) * one for weight, one in zip(fed, found, strict=False))
+            found.append(1e-9 * (1 + sum(map(abs, row))) + passed_on)
+        return found
 
     def _on(self, device: torch.device) -> Tensor:
         found = self._tensors.get(device)

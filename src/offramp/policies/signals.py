@@ -1,6 +1,6 @@
 """What learned schedulers read of an exit, the same on a table and live (EENet, 3.2). n rows, K classes."""
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,28 +13,67 @@ from offramp.types import CONFIDENCES, Evidence
 __all__ = ["Signals", "signals"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Signals:
-    """Of one exit, (n,) float64 unless said; all in [0, 1], larger is surer."""
+    """Of one exit, (n,) float64 unless said; all in [0, 1], larger is surer. Each is computed when first asked for."""
 
-    probs: Tensor
-    """(n, K): softmax, of a dense exit the mean over its pixels."""
-    top: Tensor
-    """The largest probability; of a dense exit this and the next two are means over pixels."""
-    margin: Tensor
-    entropy: Tensor
-    """1 + sum p log p / log K."""
-    vote: Tensor
-    """The share of the exits passed, this one among them, that name this one's class; EENet (Eq. 4) counts the
-    commonest class, which this exit's answer need not be."""
-    repeats: Tensor
-    """How many exits in a row, this one the last, name one class: PABEE's count, from 1; dense: by pixel, the mean of
-    the share that agrees, as only pairs of exits are known."""
+    def __init__(self, evidence: Evidence) -> None:
+        self._logits, self._probs, self._agreement = evidence.logits, evidence.probs, evidence.agreement
+        if evidence.logits is None:  # histograms are large: nothing is kept of them
+            self._scores = {name: mean_of_histogram(evidence.histograms[name][:, -1]).double() for name in CONFIDENCES}
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """(n, K): softmax, of a dense exit the mean over its pixels."""
+        if self._logits is not None:
+            return self._logits[:, -1].double().softmax(dim=1)
+        assert self._probs is not None
+        return self._probs[:, -1].double()
+
+    @property
+    def top(self) -> Tensor:
+        """The largest probability; of a dense exit this and the next two are means over pixels."""
+        return self._scores["top"]
+
+    @property
+    def margin(self) -> Tensor:
+        """The largest less the second."""
+        return self._scores["margin"]
+
+    @property
+    def entropy(self) -> Tensor:
+        """1 + sum p log p / log K."""
+        return self._scores["entropy"]
+
+    @cached_property
+    def vote(self) -> Tensor:
+        """The share of the exits passed, this one among them, that name this one's class; EENet (Eq. 4) counts the
+        commonest class, which this exit's answer need not be."""
+        return self._same.mean(dim=1)
+
+    @cached_property
+    def repeats(self) -> Tensor:
+        """How many exits in a row, this one the last, name one class: PABEE's count, from 1; dense: by pixel, the mean
+        of the share that agrees, as only pairs of exits are known."""
+        return self._same.flip(1).cumprod(dim=1).sum(dim=1)
 
     def columns(self) -> Tensor:
         """(n, K + 4): the statistics that EENet's scheduler sees, probabilities first."""
         four = torch.stack([self.top, self.margin, self.entropy, self.vote], dim=1)
         return torch.cat([self.probs, four], dim=1)
+
+    @cached_property
+    def _scores(self) -> dict[str, Tensor]:
+        assert self._logits is not None
+        return {name: score.double() for name, score in read(self._logits[:, -1], CONFIDENCES).scores.items()}
+
+    @cached_property
+    def _same(self) -> Tensor:
+        """(n, j) float64: whether, or on what share of the pixels, an exit names this one's class."""
+        if self._logits is not None:
+            labels = self._logits.argmax(dim=2)
+            return (labels == labels[:, -1:]).double()
+        assert self._agreement is not None
+        return self._agreement.double()
 
 
 def signals(evidence: Evidence) -> Signals:
@@ -45,30 +84,19 @@ def signals(evidence: Evidence) -> Signals:
     (0.5, 1.0)
     """
     if evidence.logits is not None:
-        own = evidence.logits[:, -1]
-        said = read(own, CONFIDENCES)
-        probs, scores = own.double().softmax(dim=1), said.scores
-        labels = evidence.logits.argmax(dim=2)
-        same = (labels == labels[:, -1:]).double()
-        agrees = same.mean(dim=1)
-        repeats = same.flip(1).cumprod(dim=1).sum(dim=1)
+        # the largest is NaN where any is; where it is infinite the softmax is NaN
+        broken = ~evidence.logits[:, -1].amax(dim=1).isfinite()
     else:
         assert evidence.probs is not None
         if missing := [name for name in CONFIDENCES if name not in evidence.histograms]:
             raise OfframpError(
                 expected=f"histograms of {', '.join(CONFIDENCES)}", got=f"none of {', '.join(missing)}",
                 where="a learned scheduler", todo="record the table with these confidences.")
-        probs = evidence.probs[:, -1].double()
-        scores = {name: mean_of_histogram(evidence.histograms[name][:, -1]) for name in CONFIDENCES}
         if evidence.agreement is None:
             raise OfframpError(expected="the agreement of exits", got="a table without", where="a learned scheduler",
                                todo="record(..., agreement=True).")
-        same = evidence.agreement.double()
-        agrees = same.mean(dim=1)
-        repeats = same.flip(1).cumprod(dim=1).sum(dim=1)
-    broken = probs.sum(dim=1).isnan()
+        broken = evidence.probs[:, -1].sum(dim=1).isnan()
     if bool(broken.any()):
         raise DataError(expected="probabilities", got=f"NaN in row {int(broken.nonzero()[0])} of {len(broken)}",
                         where="a learned scheduler", todo="look at that input, and at the exit's head.")
-    return Signals(probs=probs, vote=agrees, repeats=repeats,
-                   **{name: scores[name].double() for name in CONFIDENCES})
+    return Signals(evidence)

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from offramp.errors import OfframpError
+from offramp.policies.glance import glance
 from offramp.policies.lesson import Lesson
 from offramp.policies.quotas import leave
 from offramp.policies.rules import Swept, scores_of
 from offramp.policies.scored import leave_above
 from offramp.policies.values import Part, Reading, Ridge, laid_out, posterior, read, voices_of
+from offramp.policies.values_row import RowScore, curve
 from offramp.types import Evidence, Policy
 
 __all__ = ["Stopping", "StoppingPath", "StoppingPolicy"]
@@ -100,7 +102,27 @@ class StoppingPolicy:
 
     def decide(self, exit_index: int, evidence: Evidence) -> Tensor:
         """Bool (n,): the rows that leave. Raises DataError on NaN, which no threshold can judge."""
-        return leave_above(self.thresholds[exit_index], self.score(exit_index, evidence), exit_index)
+        threshold = self.thresholds[exit_index]
+        seen = glance(evidence, threshold, self._of_row(exit_index)) if self.voices else None
+        return leave_above(threshold, self.score(exit_index, evidence), exit_index) if seen is None else seen
+
+    def _of_row(self, e: int) -> RowScore:
+        found = self._rows.get(e)
+        if found is None:
+            wide, curves = len(self.centres[e]), []
+            for s, (centre, spread) in enumerate(zip(self.centres[e], self.spreads[e], strict=True)):
+                own = [i for i, which in enumerate(self.bent[e]) if which == s]
+                curves.append(curve(self.weights[e][s], centre, spread, [self.knots[e][i] for i in own],
+                                    [self.weights[e][wide + i] for i in own]))
+            found = self._rows[e] = RowScore(
+                voices=self.voices[e], biases=self.biases[e], curves=curves, constant=self.constants[e],
+                levels=self.levels[e], slopes=self.slopes[e], centre=self.centres[e][0], spread=self.spreads[e][0],
+                probs=self.probs[e])
+        return found
+
+    @cached_property
+    def _rows(self) -> dict[int, RowScore]:
+        return {}
 
     def part(self, e: int, device: torch.device) -> Part:
         """One exit's score as tensors, kept."""

@@ -1,6 +1,8 @@
 """Policies that a search can tune and a runtime can obey. n rows, E exits, K classes."""
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 from torch import Tensor
@@ -9,6 +11,7 @@ from offramp.errors import OfframpError
 from offramp.functional.confidence import BY_NAME
 from offramp.functional.edges import EDGE_LEVELS
 from offramp.functional.summaries import mean_of_histogram, share_above
+from offramp.policies.glance import disorder_of, glance, weighed
 from offramp.policies.scored import leave_above
 from offramp.types import EDGED, HISTOGRAM_BINS, Evidence
 
@@ -83,4 +86,18 @@ class Thresholds:
 
     def decide(self, exit_index: int, evidence: Evidence) -> Tensor:
         """Bool (n,): the rows that leave. Raises DataError on NaN, which no threshold can judge."""
-        return leave_above(self.thresholds[exit_index], self.score(exit_index, evidence), exit_index)
+        threshold = self.thresholds[exit_index]
+        seen = glance(evidence, threshold, partial(self._glance, exit_index)) if self.confidence in BY_NAME else None
+        return leave_above(threshold, self.score(exit_index, evidence), exit_index) if seen is None else seen
+
+    def _glance(self, exit_index: int, rows: list[list[float]]) -> tuple[float, float]:
+        heat, logits = self.temperatures[exit_index] if self.temperatures else 1.0, rows[-1]
+        # float32 rounds by 6e-8: logits that are divided, and each sum over the classes
+        slack = 1e-6 * (10 + len(logits) + max(max(logits), -min(logits)) / heat)
+        below, weights, total = weighed(logits if heat == 1.0 else [one / heat for one in logits])
+        if self.confidence == "top":
+            return 1 / total, slack
+        if self.confidence == "margin":
+            return (1 - sorted(weights)[-2]) / total, slack
+        most = math.log(len(logits))
+        return 1 - disorder_of(below, weights, total) / most, slack / most

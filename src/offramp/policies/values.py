@@ -12,12 +12,12 @@ from torch import Tensor
 
 from offramp.functional.summaries import mean_of_histogram
 from offramp.policies.signals import signals
+from offramp.policies.values_row import FLOOR, LEAD, SURE, WIDE
 from offramp.types import Evidence
 
 __all__ = ["Part", "Reading", "Ridge", "fit_voices", "laid_out", "log_probs", "posterior", "read", "voices_of"]
 
 BEND = 0.15  # of 1, 0.4, 0.15 and 0.05 the best on made tables of over-confident exits; elsewhere they are alike
-_FLOOR, _SURE = -30.0, 1e-6  # log of a masked class; odds end at a million
 Voices = tuple[Tensor, Tensor]
 """Weights (V, j) of the log-probabilities of the exits passed, and biases (V, K)."""
 
@@ -36,7 +36,7 @@ class Reading:
 
 def log_probs(logits: Tensor) -> Tensor:
     """(n, j, K) float64; the floor keeps a masked class finite."""
-    return logits.double().log_softmax(dim=-1).clamp(min=_FLOOR)
+    return logits.double().log_softmax(dim=-1).clamp(min=FLOOR)
 
 
 def read(evidence: Evidence, voices: Voices | None) -> Reading:
@@ -63,7 +63,7 @@ def read(evidence: Evidence, voices: Voices | None) -> Reading:
     lead = own_log - spoken.scatter(2, named, -torch.inf).amax(dim=2, keepdim=True)
     probs = spoken.exp()
     disorder = -(probs * spoken).sum(dim=2)
-    parts = [_odds(own_log[:, :, 0]), lead[:, :, 0].clamp(-14.0, 14.0), disorder]
+    parts = [_odds(own_log[:, :, 0]), lead[:, :, 0].clamp(-LEAD, LEAD), disorder]
     passed = told.shape[1]
     if passed > 1:
         before = told[:, -2].gather(1, said[:, None])
@@ -75,7 +75,7 @@ def read(evidence: Evidence, voices: Voices | None) -> Reading:
 
 
 def _odds(log_p: Tensor) -> Tensor:
-    return -torch.expm1(-log_p).clamp(min=_SURE, max=1 / _SURE).log()
+    return -torch.expm1(-log_p).clamp(min=SURE, max=1 / SURE).log()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,7 +95,7 @@ class Part:
 
     def smooth(self, reading: Reading) -> tuple[Tensor, Tensor]:
         """Standardised statistics, and with their excess over the knots."""
-        x = ((reading.stats - self.centre) / self.spread).clamp(-5.0, 5.0)
+        x = ((reading.stats - self.centre) / self.spread).clamp(-WIDE, WIDE)
         return x, torch.cat([x, (x[:, self.bent] - self.knots).clamp(min=0.0)], dim=1)
 
     def scale(self) -> Tensor:
