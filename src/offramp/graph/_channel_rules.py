@@ -1,10 +1,11 @@
 """What each op does to channels: rules for layers, for elementwise ops and for those that work on places.
 
-A rule says what the op's output carries: a :class:`Carry`, None, or a list of these for a tuple of tensors. Where
-an op is right only at full width, the rule says so (``walk.doubt``) and gives None; it is refused at the end, unless
-those channels turn out to be fixed.
+A rule says what the op's output carries: a :class:`Carry`, the same for every tensor of a tuple, or None. Where an op
+is right only at full width, the rule says so (``walk.doubt``) and gives None; it is refused at the end, unless those
+channels turn out to be fixed.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import fx, nn
@@ -12,7 +13,7 @@ from torch import fx, nn
 from offramp.graph._axes import scaled
 from offramp.graph._channel_walk import Carry, Walk, key_of, rule
 
-__all__ = ["argument", "merged", "rank", "source", "tensors_of"]
+__all__ = ["argument", "merged", "numbers_of", "rank", "source", "tensors_of", "value_of"]
 
 
 def argument(walk: Walk, node: fx.Node, place: int, name: str, default: Any = None) -> Any:
@@ -35,7 +36,25 @@ def source(node: fx.Node) -> fx.Node:
 
 
 def rank(walk: Walk, node: fx.Node) -> int:
+    """How many dimensions a tensor has."""
     return len(walk.shape(node))
+
+
+def value_of(number: Any) -> Any:
+    """A number, also where a node computes it."""
+    return number.meta["value"] if isinstance(number, fx.Node) else number
+
+
+def numbers_of(walk: Walk, node: fx.Node, place: int, *names: str) -> list[Any]:
+    """Sizes or dimensions that may be given one by one, or as one list."""
+    for name in names:
+        if name in node.kwargs:
+            given = node.kwargs[name]
+            return list(given) if isinstance(given, Sequence) else [given]
+    rest = node.args[place:]
+    if len(rest) == 1 and isinstance(rest[0], Sequence):
+        return list(rest[0])
+    return list(rest)
 
 
 # -- layers
@@ -58,7 +77,7 @@ def _layer(walk: Walk, node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Modu
 
 
 @rule("conv1d", "conv2d", "conv3d", "convtranspose1d", "convtranspose2d", "convtranspose3d")
-def _conv(walk: Walk, node: fx.Node) -> Any:
+def _conv(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
     module = _layer(walk, node, nn.modules.conv._ConvNd, argument(walk, node, 1, "weight"),
                     argument(walk, node, 2, "bias"))
@@ -76,7 +95,7 @@ def _conv(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("linear")
-def _linear(walk: Walk, node: fx.Node) -> Any:
+def _linear(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
     module = _layer(walk, node, nn.Linear, argument(walk, node, 1, "weight"), argument(walk, node, 2, "bias"))
     if module is None:
@@ -93,7 +112,7 @@ def _linear(walk: Walk, node: fx.Node) -> Any:
 
 @rule("batchnorm", "batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm", "instancenorm", "instancenorm1d",
       "instancenorm2d", "instancenorm3d")
-def _batch_norm(walk: Walk, node: fx.Node) -> Any:
+def _batch_norm(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
     given = [argument(walk, node, i, name) for i, name in enumerate(
         ("running_mean", "running_var", "weight", "bias"), 1)] if node.op != "call_module" else []
@@ -104,7 +123,7 @@ def _batch_norm(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("groupnorm")
-def _group_norm(walk: Walk, node: fx.Node) -> Any:
+def _group_norm(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
     module = _layer(walk, node, nn.GroupNorm, argument(walk, node, 2, "weight"), argument(walk, node, 3, "bias"))
     if module is None:
@@ -116,7 +135,7 @@ def _group_norm(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("layernorm", "rmsnorm")
-def _layer_norm(walk: Walk, node: fx.Node) -> Any:
+def _layer_norm(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
     carry, dims = walk.carry(x), rank(walk, x)
     module = _layer(walk, node, (nn.LayerNorm, nn.RMSNorm), argument(walk, node, 2, "weight"),
@@ -138,7 +157,7 @@ def _normed(walk: Walk, node: fx.Node, x: fx.Node, dim: int) -> Carry:
 
 
 @rule("prelu")
-def _prelu(walk: Walk, node: fx.Node) -> Any:
+def _prelu(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
     if node.op != "call_module":
         return _pointwise(walk, node)
@@ -160,8 +179,8 @@ _ALIKE = (
 
 
 @rule(*_ALIKE.split())
-def _alike(walk: Walk, node: fx.Node) -> Any:
-    return walk.carried.get(source(node))
+def _alike(walk: Walk, node: fx.Node) -> Carry | None:
+    return walk.carry(source(node))
 
 
 _POINTWISE = (
@@ -172,23 +191,22 @@ _POINTWISE = (
 
 
 @rule(*_POINTWISE.split())
-def _pointwise(walk: Walk, node: fx.Node) -> Any:
-    return merged(walk, node, [used for used in tensors_of(node) if isinstance(used, fx.Node)])
+def _pointwise(walk: Walk, node: fx.Node) -> Carry | None:
+    return merged(walk, node, tensors_of(node))
 
 
 def merged(walk: Walk, node: fx.Node, tensors: list[fx.Node]) -> Carry | None:
     """Tensors that broadcast against each other: their channels are the same ones, counted from the last dimension."""
-    carries = [(t, carry, carry.dim - rank(walk, t)) for t in tensors if (carry := walk.carry(t)) is not None]
+    carries = [(carry, carry.dim - rank(walk, t)) for t in tensors if (carry := walk.carry(t)) is not None]
     if not carries:
         return None
-    first = next((item for item in carries if walk.shape(item[0])[item[2]] > 1), carries[0])
-    _, carry, at = first
+    carry, at = carries[0]
+    if any(other != at for _, other in carries):
+        for one, _ in carries:
+            walk.doubt(node, one, "meets channels along two dimensions at once")
+        return None
     for t in tensors:
         other, shape = walk.carry(t), walk.shape(t)
-        if other is not None and other.dim - len(shape) != at:
-            for _, one, _ in carries:
-                walk.doubt(node, one, "meets channels along two dimensions at once")
-            return None
         if len(shape) < -at or shape[at] == 1:
             continue
         if other is not None:
@@ -209,17 +227,17 @@ _SPATIAL = (
 
 @rule(*(f"{name}{dims}d" for name in _SPATIAL.split() for dims in (1, 2, 3)),
       *(f"{name}{dims}dwithindices" for name in ("maxpool", "adaptivemaxpool") for dims in (1, 2, 3)))
-def _spatial(walk: Walk, node: fx.Node) -> Any:
+def _spatial(walk: Walk, node: fx.Node) -> Carry | None:
     name = key_of(walk, node).removesuffix("withindices")
     return _before(walk, node, source(node), rank(walk, source(node)) - int(name[-2]))
 
 
 @rule("interpolate", "upsample", "upsamplingnearest2d", "upsamplingbilinear2d", "gridsample")
-def _resized(walk: Walk, node: fx.Node) -> Any:
+def _resized(walk: Walk, node: fx.Node) -> Carry | None:
     return _before(walk, node, source(node), 2)
 
 
-def _before(walk: Walk, node: fx.Node, x: fx.Node, dims: int) -> Any:
+def _before(walk: Walk, node: fx.Node, x: fx.Node, dims: int) -> Carry | None:
     """The op works on the dimensions from ``dims`` on."""
     carry = walk.carry(x)
     for other in tensors_of(node):

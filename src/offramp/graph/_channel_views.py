@@ -1,7 +1,7 @@
-"""Rules for ops that move, join, split or sum up dimensions.
+"""Rules for ops that move, merge, cut or sum up dimensions.
 
 Numbers in the caller's code stay what they are when a network is narrowed; those read off a tensor follow. So a view of
-``(b, c // 2, 2, h, w)`` splits the channels as long as ``c`` was read off a shape, and a slice ``x[:, :32]`` cannot.
+``(b, c // 2, 2, h, w)`` splits the channels as long as ``c`` was read off a shape; ``(b, 32, 2, h, w)`` is refused.
 """
 
 import math
@@ -11,33 +11,19 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from offramp.graph._axes import Axis, scaled
-from offramp.graph._channel_rules import argument, merged, rank, source
+from offramp.graph._axes import scaled
+from offramp.graph._channel_rules import argument, merged, numbers_of, rank, source, value_of
 from offramp.graph._channel_walk import Carry, Walk, key_of, rule
 
+__all__: list[str] = []
+
 _FOLLOWS = -1
-
-
-def _value(number: Any) -> Any:
-    return number.meta["value"] if isinstance(number, fx.Node) else number
-
-
-def _numbers(walk: Walk, node: fx.Node, place: int, *names: str) -> list[Any]:
-    """Sizes or dimensions that may be given one by one, or as one list."""
-    for name in names:
-        if name in node.kwargs:
-            given = node.kwargs[name]
-            return list(given) if isinstance(given, Sequence) else [given]
-    rest = node.args[place:]
-    if len(rest) == 1 and isinstance(rest[0], Sequence):
-        return list(rest[0])
-    return list(rest)
 
 
 # -- views
 
 
-def _reshaped(walk: Walk, node: fx.Node, spec: Sequence[Any]) -> Any:
+def _reshaped(walk: Walk, node: fx.Node, spec: Sequence[Any]) -> Carry | None:
     """A view of the same memory; ``spec`` has a number for each dimension of the result, -1 for one that follows."""
     x = source(node)
     carry = walk.carry(x)
@@ -70,20 +56,20 @@ def _reshaped(walk: Walk, node: fx.Node, spec: Sequence[Any]) -> Any:
 
 
 @rule("view", "reshape")
-def _view(walk: Walk, node: fx.Node) -> Any:
-    sizes = _numbers(walk, node, 1, "size", "shape")
+def _view(walk: Walk, node: fx.Node) -> Carry | None:
+    sizes = numbers_of(walk, node, 1, "size", "shape")
     if len(sizes) == 1 and isinstance(sizes[0], torch.dtype):
         return walk.carry(source(node))
     return _reshaped(walk, node, sizes)
 
 
 @rule("flatten", "squeeze", "unsqueeze")
-def _flatten(walk: Walk, node: fx.Node) -> Any:
+def _flatten(walk: Walk, node: fx.Node) -> Carry | None:
     return _reshaped(walk, node, [_FOLLOWS] * rank(walk, node))
 
 
 @rule("unflatten")
-def _unflatten(walk: Walk, node: fx.Node) -> Any:
+def _unflatten(walk: Walk, node: fx.Node) -> Carry | None:
     dim = argument(walk, node, 1, "dim") % rank(walk, source(node))
     sizes = list(argument(walk, node, 2, "unflattened_size" if node.op == "call_module" else "sizes"))
     rest = [_FOLLOWS] * (rank(walk, source(node)) - dim - 1)
@@ -91,7 +77,7 @@ def _unflatten(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("viewas", "reshapeas")
-def _view_as(walk: Walk, node: fx.Node) -> Any:
+def _view_as(walk: Walk, node: fx.Node) -> Carry | None:
     made = _reshaped(walk, node, [_FOLLOWS] * rank(walk, node))
     like = walk.carry(node.args[1])
     if made is not None and like is not None and like.dim == made.dim:
@@ -103,12 +89,12 @@ def _view_as(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t")
-def _permuted(walk: Walk, node: fx.Node) -> Any:
+def _permuted(walk: Walk, node: fx.Node) -> Carry | None:
     return _moved(walk, node, lambda x: getattr(torch, key_of(walk, node))(x, *node.args[1:], **node.kwargs)
-                  if key_of(walk, node) != "permute" else x.permute(*_numbers(walk, node, 1, "dims")))
+                  if key_of(walk, node) != "permute" else x.permute(*numbers_of(walk, node, 1, "dims")))
 
 
-def _moved(walk: Walk, node: fx.Node, move: Any) -> Any:
+def _moved(walk: Walk, node: fx.Node, move: Any) -> Carry | None:
     """A permutation, tried on a tensor whose dimensions all differ."""
     carry = walk.carry(source(node))
     if carry is None:
@@ -118,7 +104,7 @@ def _moved(walk: Walk, node: fx.Node, move: Any) -> Any:
 
 
 @rule("getattr")
-def _attribute(walk: Walk, node: fx.Node) -> Any:
+def _attribute(walk: Walk, node: fx.Node) -> Carry | None:
     name = str(node.args[1])
     if name in ("T", "mT", "H", "mH"):
         return _moved(walk, node, lambda x: getattr(x, name))
@@ -130,15 +116,13 @@ def _attribute(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("expand", "expandas", "broadcastto")
-def _expand(walk: Walk, node: fx.Node) -> Any:
+def _expand(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
     if key_of(walk, node) == "expandas":
         return merged(walk, node, [x, cast(fx.Node, node.args[1])])
-    carry, more = walk.carry(x), rank(walk, node) - rank(walk, x)
-    sizes = _numbers(walk, node, 1, "size")
+    carry, more, sizes = walk.carry(x), rank(walk, node) - rank(walk, x), numbers_of(walk, node, 1, "size")
     if carry is None:
-        wide = [(dim, axis) for dim, size in enumerate(sizes) if (axis := walk.size(size)) is not None]
-        return Carry(*wide[0]) if len(wide) == 1 else None
+        return _made(walk, node)
     at = carry.dim + more
     if sizes[at] != _FOLLOWS and not walk.moves(sizes[at]):
         walk.doubt(node, carry, "has the number of channels written into it")
@@ -146,21 +130,35 @@ def _expand(walk: Walk, node: fx.Node) -> Any:
     return Carry(at, carry.axis)
 
 
+@rule("zeros", "ones", "empty", "full", "rand", "randn", "newzeros", "newones", "newempty", "newfull")
+def _made(walk: Walk, node: fx.Node) -> Carry | None:
+    """A new tensor, sized by numbers of which some were read off others."""
+    fresh = key_of(walk, node) in ("zeros", "ones", "empty", "full", "rand", "randn")
+    sizes = numbers_of(walk, node, 0 if fresh else 1, "size", "repeats", "dims")
+    sizes = list(sizes[0]) if sizes and isinstance(sizes[0], Sequence) else sizes
+    wide = [(dim, size) for dim, size in enumerate(sizes) if walk.moves(size)]
+    if len(wide) == 1 and (axis := walk.size(wide[0][1])) is not None:
+        return Carry(wide[0][0], axis)
+    for _, size in wide:
+        walk.doubt(node, walk.follows[size][0], "makes a tensor of a size that was computed from channels")
+    return None
+
+
 @rule("repeat", "tile")
-def _repeat(walk: Walk, node: fx.Node) -> Any:
+def _repeat(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
-    carry, times = walk.carry(x), _numbers(walk, node, 1, "repeats", "dims")
+    carry, times = walk.carry(x), numbers_of(walk, node, 1, "repeats", "dims")
     if carry is None:
-        return None
+        return _made(walk, node)
     at = carry.dim + len(times) - rank(walk, x)
     if walk.moves(times[at]) or len(times) < rank(walk, x):
         walk.doubt(node, carry, "repeats channels as often as there are some")
         return None
-    return Carry(at, carry.axis * _value(times[at]))
+    return Carry(at, carry.axis * value_of(times[at]))
 
 
 @rule("pixelshuffle", "pixelunshuffle")
-def _pixel_shuffle(walk: Walk, node: fx.Node) -> Any:
+def _pixel_shuffle(walk: Walk, node: fx.Node) -> Carry | None:
     carry, shuffle = walk.carry(source(node)), key_of(walk, node) == "pixelshuffle"
     side = argument(walk, node, 1, "upscale_factor" if shuffle else "downscale_factor")
     if carry is None:
@@ -171,150 +169,9 @@ def _pixel_shuffle(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("channelshuffle")
-def _channel_shuffle(walk: Walk, node: fx.Node) -> Any:
+def _channel_shuffle(walk: Walk, node: fx.Node) -> Carry | None:
     carry, groups = walk.carry(source(node)), argument(walk, node, 1, "groups")
-    return carry and Carry(carry.dim, scaled(walk.axes.parts(carry.axis, groups), groups))
-
-
-# -- rows of tensors
-
-
-@rule("cat", "concat", "concatenate")
-def _cat(walk: Walk, node: fx.Node) -> Any:
-    tensors = [t for t in argument(walk, node, 0, "tensors") if walk.shape(t) != (0,)]
-    dim = argument(walk, node, 1, "dim", 0) % rank(walk, tensors[0])
-    carries = [carry for t in tensors if (carry := walk.carry(t)) is not None]
-    if not any(carry.dim == dim for carry in carries):
-        return merged(walk, node, tensors)
-    if any(carry.dim != dim for carry in carries):
-        for carry in carries:
-            walk.doubt(node, carry, "puts channels in a row with something else")
-        return None
-    axis: Axis = ()
-    for t in tensors:
-        mine = walk.carry(t)
-        axis += mine.axis if mine else walk.axes.new(walk.shape(t)[dim], walk.reason(t))
-    return Carry(dim, axis)
-
-
-@rule("stack")
-def _stack(walk: Walk, node: fx.Node) -> Any:
-    dim = argument(walk, node, 1, "dim", 0) % rank(walk, node)
-    carry = merged(walk, node, list(argument(walk, node, 0, "tensors")))
-    return carry and Carry(carry.dim + (dim <= carry.dim), carry.axis)
-
-
-@rule("chunk", "tensorsplit", "split", "splitwithsizes")
-def _split(walk: Walk, node: fx.Node) -> Any:
-    x, kind = source(node), key_of(walk, node)
-    carry, shape = walk.carry(x), walk.shape(x)
-    name = {"chunk": "chunks", "tensorsplit": "indices_or_sections", "split": "split_size_or_sections"}
-    given = argument(walk, node, 1, name.get(kind, "split_sizes"))
-    given = argument(walk, node, 1, "split_size", given) if given is None else given
-    dim = argument(walk, node, 2, "dim", 0) % len(shape)
-    if carry is None or carry.dim != dim:
-        return carry  # of every part
-    whole, many = shape[dim], 0
-    if kind in ("chunk", "tensorsplit"):
-        many = _value(given) if not isinstance(given, Sequence) and not walk.moves(given) else 0
-    elif isinstance(given, Sequence):
-        same = all(walk.moves(size) for size in given) and len({_value(size) for size in given}) == 1
-        many = len(given) if same else 0
-    elif walk.moves(given):
-        many = whole // _value(given) if whole % _value(given) == 0 else 0
-    elif given >= whole:
-        many = 1
-    if not many or whole % many:
-        walk.doubt(node, carry, "splits channels at places that are written into it, or into unequal parts")
-        return None
-    return Carry(dim, walk.axes.parts(carry.axis, many))
-
-
-@rule("unbind")
-def _unbind(walk: Walk, node: fx.Node) -> Any:
-    return _dropped(walk, node, argument(walk, node, 1, "dim", 0), "takes single channels")
-
-
-@rule("select")
-def _select(walk: Walk, node: fx.Node) -> Any:
-    return _dropped(walk, node, argument(walk, node, 1, "dim"), "takes single channels")
-
-
-def _dropped(walk: Walk, node: fx.Node, dim: int, what: str) -> Any:
-    x = source(node)
-    carry, dim = walk.carry(x), dim % rank(walk, x)
-    if carry is None or carry.dim == dim:
-        walk.doubt(node, carry, what)
-        return None
-    return Carry(carry.dim - (dim < carry.dim), carry.axis)
-
-
-@rule("narrow")
-def _narrow(walk: Walk, node: fx.Node) -> Any:
-    x = source(node)
-    carry, dim, start, length = walk.carry(x), *(argument(walk, node, i, name) for i, name in enumerate(
-        ("dim", "start", "length"), 1))
-    if carry is None or carry.dim != dim % rank(walk, x):
-        return carry
-    axis = _piece(walk, node, carry, start, length, _value(start) + _value(length))
-    return axis and Carry(carry.dim, axis)
-
-
-def _piece(walk: Walk, node: fx.Node, carry: Carry, start: Any, stop: Any, end: int) -> Axis | None:
-    """Channels from ``start`` to ``end``; all of them, or one of several equal parts; ``stop`` is where end is from."""
-    whole, first = walk.axes.length(carry.axis), _value(start) or 0
-    first, end = first % whole if first < 0 else first, end % whole if end < 0 else min(end, whole)
-    if first == 0 and end == whole:
-        return carry.axis
-    part = end - first
-    told = all(bound in (None, 0) or walk.moves(bound) for bound in (start, stop))
-    if not told or part <= 0 or whole % part or first % part:
-        walk.doubt(node, carry, "takes channels between places that are written into it")
-        return None
-    return walk.axes.parts(carry.axis, whole // part)
-
-
-@rule("getitem")
-def _getitem(walk: Walk, node: fx.Node) -> Any:
-    x, given = cast(fx.Node, node.args[0]), node.args[1]
-    if "shape" not in x.meta and x.op != "get_attr":  # a tuple of tensors
-        found = walk.carried.get(x)
-        return found[cast(int, given)] if isinstance(found, list) else found
-    carry = walk.carry(x)
-    index: list[Any] = list(given) if isinstance(given, tuple) else [given]
-    if carry is None or any(isinstance(item, list | bool) for item in index):
-        walk.doubt(node, carry, "indexes by lists")
-        return None
-    real = [item for item in index if item is not None and item is not Ellipsis]
-    if Ellipsis in [item for item in index if not isinstance(item, fx.Node)]:
-        at = next(i for i, item in enumerate(index) if item is Ellipsis)
-        index[at:at + 1] = [slice(None)] * (rank(walk, x) - len(real))
-    index += [slice(None)] * (rank(walk, x) - len([item for item in index if item is not None]))
-    dim = out = 0
-    for item in index:
-        if item is None:
-            out += 1
-            continue
-        tensor = isinstance(item, fx.Node) and "value" not in item.meta
-        if tensor and (len(walk.shape(item)) != 1 or "bool" in str(item.meta.get("dtype"))):
-            walk.doubt(node, carry, "indexes by a tensor")
-            return None
-        if dim == carry.dim:
-            if not isinstance(item, slice) or _value(item.step) not in (None, 1):
-                walk.doubt(node, carry, "takes single channels")
-                return None
-            stop = walk.axes.length(carry.axis) if item.stop is None else _value(item.stop)
-            axis = _piece(walk, node, carry, item.start, item.stop, stop)
-            return axis and Carry(out, axis)
-        dim, out = dim + 1, out + (tensor or isinstance(item, slice))
-    raise AssertionError("an index for every dimension")
-
-
-@rule("setitem")
-def _setitem(walk: Walk, node: fx.Node) -> Any:
-    for used in node.all_input_nodes:
-        walk.doubt(node, walk.carry(used), "writes into a part of a tensor")
-    return None
+    return Carry(carry.dim, scaled(walk.axes.parts(carry.axis, groups), groups)) if carry else None
 
 
 # -- sums and other things along dimensions
@@ -330,7 +187,7 @@ def _dims(walk: Walk, node: fx.Node, place: int) -> list[int] | None:
 
 @rule("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "std", "var", "prod", "all", "any", "median",
       "logsumexp", "countnonzero", "nansum", "nanmean", "norm", "vectornorm", "linalgvectornorm", "stdmean", "varmean")
-def _reduced(walk: Walk, node: fx.Node) -> Any:
+def _reduced(walk: Walk, node: fx.Node) -> Carry | None:
     """Over the channels: nothing of them is left. Over other dimensions: they stay."""
     x, name = source(node), key_of(walk, node)
     other = argument(walk, node, 1, "other")
@@ -346,23 +203,27 @@ def _reduced(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("softmax", "logsoftmax", "softmin", "cumsum", "cumprod", "flip", "roll", "sort", "argsort")
-def _along(walk: Walk, node: fx.Node) -> Any:
+def _along(walk: Walk, node: fx.Node) -> Carry | None:
     """Places along one dimension see each other; channels must not."""
-    carry = walk.carry(source(node))
-    dims = _dims(walk, node, 2 if key_of(walk, node) == "roll" else 1)
-    if carry is not None and (dims is None or carry.dim in dims):
+    carry, name = walk.carry(source(node)), key_of(walk, node)
+    if name in ("flip", "roll"):
+        count = rank(walk, source(node))
+        dims: list[int] | None = [dim % count for dim in numbers_of(walk, node, 1 + (name == "roll"), "dims")]
+    else:
+        dims = _dims(walk, node, 1)
+    if carry is not None and (not dims or carry.dim in dims):
         walk.doubt(node, carry, "mixes the channels among each other")
         return None
     return carry
 
 
 @rule("normalize")
-def _normalize(walk: Walk, node: fx.Node) -> Any:
+def _normalize(walk: Walk, node: fx.Node) -> Carry | None:
     return walk.carry(source(node))
 
 
 @rule("glu")
-def _glu(walk: Walk, node: fx.Node) -> Any:
+def _glu(walk: Walk, node: fx.Node) -> Carry | None:
     carry, dim = walk.carry(source(node)), argument(walk, node, 1, "dim", -1)
     if carry is None or carry.dim != dim % rank(walk, source(node)):
         return carry
@@ -370,9 +231,9 @@ def _glu(walk: Walk, node: fx.Node) -> Any:
 
 
 @rule("pad")
-def _pad(walk: Walk, node: fx.Node) -> Any:
+def _pad(walk: Walk, node: fx.Node) -> Carry | None:
     x = source(node)
-    carry, by = walk.carry(x), [_value(size) for size in argument(walk, node, 1, "pad")]
+    carry, by = walk.carry(x), [value_of(size) for size in argument(walk, node, 1, "pad")]
     if carry is None:
         return None
     at = 2 * (rank(walk, x) - 1 - carry.dim)

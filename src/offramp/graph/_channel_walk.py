@@ -37,7 +37,7 @@ class Layer:
     """Which dimension of a parameter holds the channels."""
 
 
-Rule = Callable[["Walk", fx.Node], Any]
+Rule = Callable[["Walk", fx.Node], Carry | None]
 _RULES: dict[str, Rule] = {}
 
 
@@ -62,15 +62,14 @@ def key_of(walk: "Walk", node: fx.Node) -> str:
     return name.replace("_", "").lower()
 
 
-def _apply(walk: "Walk", node: fx.Node) -> Any:
+def _apply(walk: "Walk", node: fx.Node) -> Carry | None:
     """What a node's output carries."""
     found = _RULES.get(key_of(walk, node))
     if found is not None:
         return found(walk, node)
     for used in node.all_input_nodes:
-        given = walk.carried.get(used)
-        for part in given if isinstance(given, list) else [given]:
-            walk.doubt(node, part, "is an op whose channels nobody here can follow")
+        number = walk.follows.get(used)
+        walk.doubt(node, number[0] if number else walk.carry(used), "is an op whose channels nobody here can follow")
     return None
 
 
@@ -80,10 +79,10 @@ class Walk:
     def __init__(self, where: Callable[[str, nn.Module], bool] | None = None) -> None:
         self.axes = Axes()
         self.where = where
-        self.carried: dict[fx.Node, Any] = {}
-        """A Carry, None where a tensor holds nothing that can be narrowed, a list for a tuple of tensors."""
-        self.follows: dict[fx.Node, Axis | None] = {}
-        """Numbers that were computed from channel counts; with the axis where it is the count itself."""
+        self.carried: dict[fx.Node, Carry | None] = {}
+        """A Carry, for each of several tensors the same; None where nothing can be narrowed."""
+        self.follows: dict[fx.Node, tuple[Carry, bool]] = {}
+        """Numbers that were computed from a number of channels; and whether they are that number."""
         self._whole: dict[fx.Node, tuple[str, bool]] = {}
         self._layers: dict[str, Layer] = {}
         self._weights: dict[int, Layer] = {}
@@ -111,22 +110,21 @@ class Walk:
                 self._whole[node] = ("the network's input", False)
             elif node.op == "output":
                 for said in cast(Sequence[Any], node.args[0]):
-                    if output and isinstance(carry := self.carried.get(said), Carry):
+                    if output and (carry := self.carry(said)) is not None:
                         self.axes.fix(carry.axis, output)
             elif node.op == "get_attr":
                 self.carried[node] = self._parameter(node)
             elif "value" in node.meta:
                 self._number(node)
             else:
-                self.carried[node] = _apply(self, node)
+                self.carried[node] = self._wide(_apply(self, node))
                 if self.carried[node] is None:
                     self._blame(node)
 
     # -- what rules ask
 
     def carry(self, node: Any) -> Carry | None:
-        found = self.carried.get(node) if isinstance(node, fx.Node) else None
-        return found if isinstance(found, Carry) else None
+        return self.carried.get(node) if isinstance(node, fx.Node) else None
 
     def axis_at(self, node: fx.Node, dim: int, user: fx.Node) -> Axis:
         """What lies along a dimension of a tensor, for a layer that reads it; a new, fixed axis if nothing does."""
@@ -156,7 +154,8 @@ class Walk:
 
     def size(self, value: Any) -> Axis | None:
         """The axis whose length a number is, if it is one's."""
-        return self.follows.get(value) if isinstance(value, fx.Node) else None
+        found = self.follows.get(value) if isinstance(value, fx.Node) else None
+        return found[0].axis if found is not None and found[1] else None
 
     def moves(self, value: Any) -> bool:
         """Whether a number changes with the number of channels."""
@@ -217,18 +216,27 @@ class Walk:
         loose = {path: Layer(path, "parameter", carry.axis, carry.axis, carry.dim)
                  for path, carry in self._parameters.items() if path not in self._claimed}
         layers = [*self._layers.values(), *loose.values()]
-        for segment in self.axes.resolve(tuple(s for layer in layers for s in layer.reads + layer.gives)):
-            if segment.space not in written:
-                self.axes.fix((segment,), "no layer writes it")
+        tensors = [carry.axis for node, carry in self.carried.items() if carry is not None and node.op != "get_attr"]
+        for axis in [axis for layer in layers for axis in (layer.reads, layer.gives)] + tensors:
+            for segment in self.axes.resolve(axis):
+                if segment.space not in written:
+                    self.axes.fix((segment,), "no layer writes it")
         self._refuse()
         self._numbers.clear()
         kept = [layer for layer in layers
                 if layer.kind != "parameter" or any(s.space in written for s in self.axes.resolve(layer.gives))]
-        return tuple(replace(layer, reads=self.numbered(layer.reads), gives=self.numbered(layer.gives))
-                     for layer in kept), dict(self._numbers)
+        told = tuple(replace(layer, reads=self._numbered(layer.reads), gives=self._numbered(layer.gives))
+                     for layer in kept)
+        for axis in tensors:
+            self._numbered(axis)
+        return told, dict(self._numbers)
 
-    def numbered(self, axis: Axis) -> Axis:
-        """An axis in the numbers of the plan."""
+    def at(self, node: fx.Node) -> Carry | None:
+        """What a node carries, in the numbers of the plan; to be asked after it was made."""
+        carry = self.carry(node)
+        return None if carry is None else Carry(carry.dim, self._numbered(carry.axis))
+
+    def _numbered(self, axis: Axis) -> Axis:
         return tuple(Segment(self._numbers.setdefault(s.space, len(self._numbers)), s.unit)
                      for s in self.axes.resolve(axis))
 
@@ -236,11 +244,11 @@ class Walk:
         bad = [(node, axis, what) for node, axis, what in self._doubts if not self.axes.is_fixed(axis)]
         if not bad:
             return
-        node, axis, what = bad[0]
-        free = {s.space for s in self.axes.resolve(axis) if not self.axes.is_fixed((s,))}
+        node, _, what = bad[0]
+        free = {s.space for _, axis, _ in bad for s in self.axes.resolve(axis) if not self.axes.is_fixed((s,))}
         writers = [layer.path for layer in self._layers.values() if layer.kind in ("conv", "linear")
                    and free & {s.space for s in self.axes.resolve(layer.gives)}]
-        said = ", ".join(map(repr, writers[:6])) + (f" and {len(writers) - 6} more" if len(writers) > 6 else "")
+        said = ", ".join(map(repr, writers[:8])) + (f" and {len(writers) - 8} more" if len(writers) > 8 else "")
         more = f" (and {len(bad) - 1} more such ops)" if len(bad) > 1 else ""
         raise WidthError(
             expected="ops through which channels can be followed",
@@ -249,6 +257,12 @@ class Walk:
         )
 
     # -- nodes without rules
+
+    def _wide(self, carry: Carry | None) -> Carry | None:
+        if carry is not None and self.axes.length(carry.axis) == 1:
+            self.axes.fix(carry.axis, "a single channel")
+            return None
+        return carry
 
     def _tensor(self, node: fx.Node) -> Tensor:
         target = str(node.target)
@@ -274,13 +288,13 @@ class Walk:
         if node.op == "call_method" and node.target in ("size", "numel", "nelement"):
             carry = self.carry(node.args[0])
             if carry is not None:
-                dims = len(cast(fx.Node, node.args[0]).meta["shape"])
-                if node.target == "size" and cast(int, node.args[1]) % dims == carry.dim:
-                    self.follows[node] = carry.axis
-                elif node.target != "size":
-                    self.follows[node] = None
-        elif any(self.moves(used) for used in node.all_input_nodes):
-            self.follows[node] = None
+                dims = len(self.shape(cast(fx.Node, node.args[0])))
+                exact = node.target == "size"
+                if not exact or cast(int, node.args[1]) % dims == carry.dim:
+                    self.follows[node] = carry, exact
+        for used in node.all_input_nodes:
+            if used in self.follows:
+                self.follows[node] = self.follows[used][0], False
 
     def _blame(self, node: fx.Node) -> None:
         """A tensor that carries nothing is as wide as it is for the reason of what it was made from."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from offramp.graph import _channel_rules, _channel_views  # noqa: F401  they register their rules
+from offramp.graph import _channel_parts, _channel_rules, _channel_views  # noqa: F401  they register their rules
 from offramp.graph._axes import Axis, Segment
 from offramp.graph._channel_walk import Carry, Layer, Walk
 from offramp.graph.trace import Traced
@@ -113,7 +113,7 @@ def channels(traced: Traced, *, where: Callable[[str, nn.Module], bool] | None =
     >>> net = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 5, 1))
     >>> print(channels(trace(net, torch.zeros(1, 3, 8, 8))))
     space  channels  0.25  0.5  0.75   1  written by
-        1        24     8   16    16  24  0
+        1        24     8   16    24  24  0
     fixed: 2 (the network's output)
     """
     walk = Walk(where)
