@@ -1,15 +1,15 @@
 """DeepLabV3+ (Chen et al. 2018, arXiv:1802.02611) with plain convolutions throughout, as SlimSeg narrows it.
 
-segmentation_models_pytorch has DeepLabV3+ too, but lighter: its pyramid and decoder are depthwise separable and have
-one 3x3 layer less (26.7 M and 894 G with ResNet-50 at 1/8; with MobileNetV2 a decoder that alone passes 18.5 G, and
-no trunk at 1/32). The counts of the SlimSeg paper (doi:10.1145/3503161.3548191, Tables 1 and 2; 19 classes, 1024x2048)
-against ours in ``offramp.cost.macs``'s count:
+segmentation_models_pytorch has DeepLabV3+ too, but lighter: pyramid and decoder are depthwise separable, with one 3x3
+convolution at 1/4 instead of two (ResNet-50 at 1/8: 26.7 M and 894 G; MobileNetV2 at 1/16, its coarsest: 4.4 M and
+48 G). The counts of the SlimSeg paper (doi:10.1145/3503161.3548191, Tables 1 and 2; 19 classes, 1024x2048) after ours
+in ``offramp.cost.macs``'s count, where resizing is 0.3 G:
 
 =========================  ===============  =============  ==================
 network                    parameters (M)   MACs (G)       head alone (M, G)
 =========================  ===============  =============  ==================
 deeplabv3plus_resnet50     40.35 / 40.35    1461 / 1463    16.8, 663.5 / 663.5
-deeplabv3plus_mobilenetv2  4.53 / 4.53      18.2 / 18.5    2.7, 6.6 / 6.3
+deeplabv3plus_mobilenetv2  4.53 / 4.53      18.3 / 18.5    2.7, 6.6 / 6.3
 =========================  ===============  =============  ==================
 
 Axes: N samples, C channels, H W space, K classes.

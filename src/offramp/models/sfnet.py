@@ -1,7 +1,7 @@
 """SFNet (Li et al. 2020, "Semantic Flow", arXiv:2002.10120) on ResNet and DFNet trunks, as SlimSeg narrows it.
 
-Which SFNet the SlimSeg paper (doi:10.1145/3503161.3548191, Table 2) had, its counts tell; ours, with 19 classes at
-1024x2048 and in ``offramp.cost.macs``'s count, against the paper's:
+Which SFNet the SlimSeg paper (doi:10.1145/3503161.3548191, Table 2) had, its counts tell: with 19 classes at 1024x2048
+ours, in ``offramp.cost.macs``'s count, and the paper's:
 
 ==================  ========================  ==================  ====================
 network             decoder, stem             parameters (M)      MACs (G)
