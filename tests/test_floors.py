@@ -21,7 +21,7 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": set(), "models": set(),
     "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},
     # the bridges from model to evidence; what single pixels cost depends on which, so no table can hold it
-    "record": {"nn", "cost", "table", "functional", "data"},
+    "record": {"nn", "graph", "cost", "table", "functional", "data"},
     "layer_cascade": {"nn", "cost", "functional", "graph"},
     # a deployed network as files: what the runtime runs, with the plan that it obeys
     "deployed": {"runtime", "nn", "policies", "choose", "table"},

@@ -10,6 +10,7 @@ network's own.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from eenet_train import VARIANTS, adapted, corrupted, held, recorded, scenes, tables  # noqa: E402
+from eenet_train import VARIANTS, adapted, candidates, corrupted, held, recorded, scenes, tables  # noqa: E402
 
 import offramp  # noqa: E402
 from claims import Sheet  # noqa: E402
@@ -64,6 +65,32 @@ def main() -> None:
         args.work, args.splits, args.draws = args.work / "quick", 1, 5
     for part in args.part or PARTS:
         PARTS[part](args, Sheet(f"eenet-{part}" + "-quick" * args.quick))
+
+
+def exits(args: argparse.Namespace, sheet: Sheet) -> None:
+    """Which two early exits pay in milliseconds: every pair of sites and heads, judged on the calibration half alone.
+
+    By the points that one common threshold loses at the three gains; the first is what ``eenet_train.HEADS`` says.
+    """
+    fit = candidates(args).split_rows({"calibration": 0.5, "test": 0.5}, seed=0)["calibration"]
+    whole = fit.costs.at(batch=1).dense_p50_ms
+    ranked = []
+    for one, other in itertools.combinations(fit.columns[:-1], 2):
+        if one.site != other.site:
+            table = fit.select([one.name, other.name])
+            lost = [100 * _lost(table, whole / gain) for gain in GAINS]
+            ranked.append((sum(lost), f"{one.name} and {other.name}", lost))
+    for _, pair, lost in sorted(ranked)[:8]:
+        for gain, points in zip(GAINS, lost, strict=True):
+            sheet.add(f"{pair}: points lost at {gain}x, calibration half", points, unit="points")
+
+
+def _lost(table: ExitTable, budget_ms: float) -> float:
+    try:
+        plan = offramp.schedule(table, Swept(), budget=budget_ms, unit="latency_ms")
+    except PlanError:  # even the first exit costs more
+        return 1.0
+    return float(plan.predicted["drop"])
 
 
 def gains(args: argparse.Namespace, sheet: Sheet) -> None:
@@ -221,7 +248,8 @@ def dense(args: argparse.Namespace, sheet: Sheet) -> None:
             versus(sheet, "scenes", scored, name, other, range(len(ALL)), ">= 0", "all budgets")
 
 
-PARTS = {"gains": gains, "order": order, "overhead": overhead, "promise": promise, "drift": drift, "dense": dense}
+PARTS = {"exits": exits, "gains": gains, "order": order, "overhead": overhead, "promise": promise, "drift": drift,
+         "dense": dense}
 
 if __name__ == "__main__":
     main()

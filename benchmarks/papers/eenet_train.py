@@ -14,18 +14,26 @@ from offramp.cli.folder import Run  # noqa: E402
 from offramp.data import cifar10, load_data  # noqa: E402
 from offramp.data.cifar10 import Cifar10Split  # noqa: E402
 from offramp.models import load_model  # noqa: E402
+from offramp.nn.heads import HeadSpec  # noqa: E402
 from offramp.nn.shortcut import ShortcutSpec  # noqa: E402
 from offramp.table import ExitTable  # noqa: E402
 from offramp.train.recipes import flip_shift  # noqa: E402
 
-HEADS = {
-    "layer1.2": ShortcutSpec(keep=("layer2.8", "layer3.8")),
-    "layer2.2": ShortcutSpec(keep=("layer3.8",)),
+LAST = "layer3.8"
+"""The block that a thinned tail keeps besides those that change the shape."""
+CANDIDATES: dict[str, tuple[ShortcutSpec | HeadSpec, ...]] = {
+    "layer1.4": (ShortcutSpec(keep=(LAST,)), HeadSpec(convs=((64, 3, 2), (128, 3, 2)))),
+    "layer1.8": (ShortcutSpec(keep=(LAST,)), ShortcutSpec(keep=()),
+                 HeadSpec(convs=((64, 3, 2), (128, 3, 2), (128, 3, 1)))),
+    "layer2.4": (ShortcutSpec(keep=(LAST,)), ShortcutSpec(keep=())),
+    "layer2.8": (ShortcutSpec(keep=(LAST,)), ShortcutSpec(keep=()), HeadSpec(convs=((128, 3, 2), (128, 3, 1)))),
 }
-"""Exits after 11 and 41 % of the blocks: the final one included, three as in EENet's Table 1."""
+"""Sites and heads that two exits are chosen from, by what they cost in milliseconds (``--part exits``)."""
+HEADS = {"layer1.4": ShortcutSpec(keep=(LAST,)), "layer2.4": ShortcutSpec(keep=(LAST,))}
+"""The choice: exits after 19 and 52 % of the blocks; the final one included, three as in EENet's Table 1."""
 VARIANTS = ("joint", "frozen")
-EPOCHS = {"joint": 8, "frozen": 20}
-RATE = {"joint": 0.1, "frozen": 0.5}
+EPOCHS = {"joint": 8, "frozen": 24}
+RATE = {"joint": 0.05, "frozen": 0.5}
 """Of EENet's weighted sum, in which the first exit counts a twelfth."""
 
 
@@ -52,10 +60,30 @@ def adapted(args: argparse.Namespace, variant: str, seed: int) -> offramp.MultiE
         len(net.columns), epochs=1 if args.quick else EPOCHS[variant], freeze=variant == "frozen", lr=RATE[variant],
         batch_size=128, weight_decay=5e-4, augment=flip_shift, seed=seed)
     if variant == "frozen":  # its features are cached
-        recipe = replace(recipe, views=2)
+        recipe = replace(recipe, views=4)
     offramp.fit(net, images, recipe, run_dir=args.work / f"{variant}-seed{seed}", device=args.device,
                 engine="eager" if args.quick else "compile", progress=args.progress, checkpoint_every=50)
     return net
+
+
+def candidates(args: argparse.Namespace) -> ExitTable:
+    """Every candidate exit on the frozen network, trained side by side, with times at batch 1."""
+    folder = args.work / "candidates-table"
+    torch.manual_seed(0)
+    heads = {site: {f"h{i}": spec for i, spec in enumerate(specs)} for site, specs in CANDIDATES.items()}
+    net = offramp.attach(network(args), torch.randn(4, 3, 32, 32), exits=list(heads), heads=heads)
+    recipe = replace(offramp.recipes.eenet(
+        len(net.columns), epochs=1 if args.quick else 16, freeze=True, lr=0.1, batch_size=128, weight_decay=5e-4,
+        augment=flip_shift), views=4, weights=None)
+    images = cifar10(args.data / "cifar10").split("train")
+    offramp.fit(net, torch.utils.data.Subset(images, range(512)) if args.quick else images, recipe,
+                run_dir=args.work / "candidates", device=args.device, progress=args.progress, checkpoint_every=100)
+    if not (folder / "table.json").is_file():
+        offramp.record(net, torch.utils.data.DataLoader(held(args), batch_size=256), split="held", device=args.device,
+                       latency=False).save(folder)
+    return replace(ExitTable.load(folder), costs=offramp.record(
+        net, torch.utils.data.DataLoader(torch.utils.data.Subset(held(args), range(256)), batch_size=256),
+        split="few", device=args.device).costs)
 
 
 def held(args: argparse.Namespace) -> Cifar10Split:

@@ -98,6 +98,7 @@ def __dir__() -> list[str]:
 _DRAWN = {"svg": "offramp.report.comparison:draw_comparison", "html": "offramp.report.comparison:render_comparison"}
 _NET = {"deploy": "offramp.runtime:deploy", "part": "offramp.deployed:part", "rest": "offramp.deployed:rest"}
 _HUNG = {"MultiExit": ("offramp.nn.multiexit:MultiExit", _NET), "attach": ("offramp.nn.multiexit:MultiExit", _NET),
+         "slim_": ("offramp.nn.slim:Slimmable", {"deploy": _NET["deploy"]}),
          "Comparison": ("offramp.choose.compare:Comparison", _DRAWN),
          "compare": ("offramp.choose.compare:Comparison", _DRAWN)}
 """Public name -> a class that it brings, and the methods of it that live in rooms above: only the roof joins them."""

@@ -5,7 +5,9 @@ N samples, n rows of a batch, E exits, K classes, H W space.
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +23,11 @@ from offramp.errors import DataError
 from offramp.functional.confidence import read, top
 from offramp.functional.metrics import confusion
 from offramp.functional.summaries import agreement, bin_scores, summarise
+from offramp.graph import State
 from offramp.nn.guest import bytes_of, evaluating, fingerprint_of
-from offramp.nn.multiexit import MultiExit
+from offramp.nn.multiexit import MultiExit, columns_at
+from offramp.nn.slim import Slimmable
+from offramp.nn.widths import exits_of, narrow_exits
 from offramp.table import Costs, ExitTable, Latency
 from offramp.types import CONFIDENCES, EDGED
 
@@ -33,7 +38,7 @@ _FEW = 16  # columns, up to which a dense table holds all that any policy may re
 
 
 def record(
-    net: MultiExit,
+    net: MultiExit | Slimmable,
     loader: Any,
     *,
     split: str = "calibration",
@@ -48,6 +53,7 @@ def record(
     """Memoise every exit's answer on every sample of a split, and what each exit costs.
 
     The network runs in eval mode and comes back as found; labels are kept where the data has them, and never needed.
+    One of several widths runs at each: columns of a narrower one end in its width, ``final@0.5``, and come first.
 
     loader: anything that yields batches (a tensor, ``(inputs, labels)``, ``(inputs,)`` or a dict with or without
         ``labels``), or a ``Dataset``, which is then read in batches of ``batch_size``.
@@ -66,9 +72,10 @@ def record(
     home = next((p.device for p in net.parameters()), torch.device("cpu"))
     target = torch.device(device) if device is not None else home
     options = dict(latency) if isinstance(latency, Mapping) else {}
-    few = len(net.columns) <= _FEW
+    run = _Run(net)
+    few = len(run.columns) <= _FEW
     kept = ((*CONFIDENCES, *EDGED) if few else ("top",)) if confidences is None else tuple(confidences)
-    collected = _Collected(net, split, kept, few if agreement is None else agreement)
+    collected = _Collected(run, split, kept, few if agreement is None else agreement)
     try:
         net.to(target)
         with evaluating(net):
@@ -77,14 +84,14 @@ def record(
             if collected.first is None:
                 raise DataError(expected=f"at least one sample in the split {split!r}", got="none", where="record()",
                                 todo="look at the loader.")
-            costs = _costs(net, collected.first, target, options if latency is not False else None)
+            costs = _all_costs(net, collected.first, target, options if latency is not False else None)
     finally:
         net.to(home)
     dataset = loader if isinstance(loader, Dataset) else getattr(loader, "dataset", None)
     names = tuple(class_names) or tuple(getattr(dataset, "class_names", ()))
     source = getattr(dataset, "source", type(dataset).__name__ if dataset is not None else "data")
     return collected.table(
-        costs=costs, class_names=names if len(names) == net.num_classes else (), model=fingerprint_of(net),
+        costs=costs, class_names=names if len(names) == run.exits.num_classes else (), model=fingerprint_of(run.exits),
         source=str(source), meta={"machine": describe_machine(), "device": str(target)},
     )
 
@@ -110,11 +117,38 @@ class _Batch:
         return _Batch(args, kwargs, None)
 
 
+class _Run:
+    """A network at each of its widths, the full one first, whose answer the others are held against."""
+
+    def __init__(self, net: MultiExit | Slimmable) -> None:
+        self.net = net
+        self.exits = exits_of(net)
+        self.widths = net.widths if isinstance(net, Slimmable) else (1.0,)
+        self.columns = columns_at(self.exits.columns, self.widths)
+
+    def said(self, width: float, batch: _Batch) -> tuple[list[State], Tensor]:
+        """The state at each site, and the logits of the end."""
+        with self.net.at(width) if isinstance(self.net, Slimmable) else nullcontext():
+            state: Any = self.exits.begin(*batch.args, **batch.kwargs)
+            states = []
+            for stage in self.exits.stages[:-1]:
+                state = stage(state)
+                states.append(state)
+            return states, self.exits.logits(self.exits.stages[-1](state))
+
+    def heads(self, width: float, states: Sequence[State]) -> Iterator[Tensor]:
+        """Early exits' logits, one at a time: no name here holds any while the next are made."""
+        with self.net.at(width) if isinstance(self.net, Slimmable) else nullcontext():
+            for k, state in enumerate(states):
+                for c in self.exits.columns_at(k):
+                    yield self.exits.head(self.exits.columns[c].name)(*state.tensors)
+
+
 @dataclass
 class _Collected:
     """What has been said so far; becomes the table."""
 
-    net: MultiExit
+    run: _Run
     split: str
     confidences: tuple[str, ...]
     agreement: bool
@@ -145,12 +179,7 @@ class _Collected:
             raise DataError(expected="labels in every batch or in none", got="both",
                             where=f"record(), sample {self.count}")
         # the backbone first: then each head's logits can be held against its answer, and forgotten
-        state: Any = self.net.begin(*batch.args, **batch.kwargs)
-        states = []
-        for stage in self.net.stages[:-1]:
-            state = stage(state)
-            states.append(state)
-        final = self.net.logits(self.net.stages[-1](state))
+        states, final = self.run.said(1.0, batch)
         count, size = len(final), tuple(final.shape[2:])
         if batch.labels is not None and tuple(batch.labels.shape) != (count, *size):
             raise DataError(
@@ -158,30 +187,33 @@ class _Collected:
                 got=str(tuple(batch.labels.shape)), where=f"record(), sample {self.count}",
                 todo="bring labels to the output's size (nearest), or drop them." if size else "",
             )
-        told = read(final, (), labels=True).labels if self.net.task == "dense" else None
+        told = read(final, (), labels=True).labels if self.run.exits.task == "dense" else None
         passed: list[Tensor] = []
         found: dict[str, list[Tensor]] = {}
 
-        def take(c: int, logits: Tensor) -> None:
+        def take(logits: Tensor) -> None:
+            c = len(found.get("logits" if told is None else "probs", ()))
             self._check(c, logits, tuple(final.shape))
             said = {"logits": logits.float()} if told is None else self._dense(c, logits, told, batch.labels, passed)
             for name, tensor in said.items():
                 found.setdefault(name, []).append(tensor.cpu())
 
-        for k, state in enumerate(states):
-            for c in self.net.columns_at(k):  # no name for the logits: nothing holds them while the next are made
-                take(c, self.net.head(self.net.columns[c].name)(*state.tensors))
-        take(len(self.net.columns) - 1, final)
+        for width in self.run.widths[:-1]:
+            narrow, end = self.run.said(width, batch)
+            deque(map(take, self.run.heads(width, narrow)), maxlen=0)
+            take(end)
+        deque(map(take, self.run.heads(1.0, states)), maxlen=0)
+        take(final)
         self._keep(**{name: torch.stack(parts, dim=1) for name, parts in found.items()})
         if passed:
             self._keep(agreement=torch.stack(
                 [torch.stack([agreement(one, other) for other in passed], dim=1) for one in passed], dim=1))
-        if self.net.task == "classify" and batch.labels is not None:
+        if self.run.exits.task == "classify" and batch.labels is not None:
             self._keep(labels=batch.labels.long())
         self.count += count
 
     def _check(self, column: int, logits: Tensor, wanted: tuple[int, ...]) -> None:
-        name = self.net.columns[column].name
+        name = self.run.columns[column].name
         if tuple(logits.shape) != wanted:
             raise DataError(
                 expected=f"logits {wanted}, as the backbone's own", got=str(tuple(logits.shape)),
@@ -203,7 +235,7 @@ class _Collected:
 
     def _dense(self, c: int, logits: Tensor, told: Tensor, labels: Tensor | None,
                passed: list[Tensor]) -> dict[str, Tensor]:
-        column, classes = self.net.columns[c], self.net.num_classes
+        column, classes = self.run.columns[c], self.run.exits.num_classes
         one = summarise(logits, confidences=self.confidences, stride=column.stride)
         if self.agreement:
             passed.append(one.labels)
@@ -219,21 +251,34 @@ class _Collected:
                       for name in list(joined) if name.startswith("histogram.")}
         data = hashlib.sha256(f"{source}:{self.kind}".encode()).hexdigest()[:16]
         return ExitTable(
-            task=self.net.task, columns=self.net.columns, costs=costs, split=self.split, class_names=class_names,
+            task=self.run.exits.task, columns=self.run.columns, costs=costs, split=self.split, class_names=class_names,
             fingerprints={"model": model, "data": data, "split": f"{self.split}:{self.digest.hexdigest()[:16]}"},
             histograms=histograms, meta=meta, **joined,
         )
 
 
-def costs_of(net: MultiExit, *, latency: Mapping[str, Any] | None = None) -> Costs:
-    """What each exit costs, on a sample like those that ``net`` was attached with.
+def costs_of(net: MultiExit | Slimmable, *, latency: Mapping[str, Any] | None = None) -> Costs:
+    """What each exit costs, at each width, on a sample like those that ``net`` was attached with.
 
     Times are taken only where ``latency`` says how, as ``record`` takes it.
     """
-    batch = _Batch(*net.traced.example(), None)
+    batch = _Batch(*exits_of(net).traced.example(), None)
     home = next((p.device for p in net.parameters()), torch.device("cpu"))
     with evaluating(net):
-        return _costs(net, batch, home, latency)
+        return _all_costs(net, batch, home, latency)
+
+
+def _all_costs(net: MultiExit | Slimmable, batch: _Batch, device: torch.device,
+               latency: Mapping[str, Any] | None) -> Costs:
+    """Of each width as it is deployed: a narrow network of its own."""
+    if isinstance(net, MultiExit):
+        return _costs(net, batch, device, latency)
+    parts = {}
+    for width in net.widths:
+        narrow = narrow_exits(net, width)
+        with evaluating(narrow):
+            parts[width] = _costs(narrow, batch, device, latency)
+    return Costs.of_widths(parts)
 
 
 def _costs(net: MultiExit, batch: _Batch, device: torch.device, latency: Mapping[str, Any] | None) -> Costs:

@@ -52,7 +52,8 @@ def attach(
 
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; two rows or more are best.
     exits: a number places them at equal steps of MACs on block outputs (MESS, arXiv:2106.03527, 4.1); a list of names
-        or a predicate on :class:`ExitSite` places them by hand (``offramp.sites`` lists them).
+        or a predicate on :class:`ExitSite` places them by hand (``offramp.sites`` lists them); 0 hangs none, for a
+        network that adapts by its width alone.
     heads: nothing for a default by the site's shape; a :class:`HeadSpec`, or a :class:`ShortcutSpec` for a thinned copy
         of the network's own tail; a function of a :class:`Site` that
         returns a spec, a module or a dict of candidates; or a mapping from site names to any of these. A mapping from
@@ -68,7 +69,7 @@ def attach(
     """
     guest = model.get_submodule(within) if within else model
     all_sites = sites(model, example_inputs, within=within)
-    chosen = place(all_sites, exits)
+    chosen = [] if not callable(exits) and exits in (0, (), []) else place(all_sites, exits)
     traced = all_sites.traced
     output, read = traced.output, cast(Callable[[Any], Tensor] | None, logits)
     try:

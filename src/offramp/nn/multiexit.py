@@ -1,17 +1,19 @@
 """A network with exits: the guest, its stages between the exits' sites, and the heads that hang there."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from offramp.errors import HeadError, PlanError
 from offramp.graph import Stage, State, Traced, begin, split
+from offramp.graph.cuts import sites_of
 from offramp.nn.output import read_logits
 from offramp.nn.reading import Layout, read_as_map, reads_of
 from offramp.types import ExitColumn, ExitSite, Task
 
-__all__ = ["MultiExit", "head_key"]
+__all__ = ["MultiExit", "columns_at", "head_key"]
 
 
 def head_key(column: str) -> str:
@@ -21,6 +23,17 @@ def head_key(column: str) -> str:
     'layer1:2/wide'
     """
     return column.replace(".", ":")
+
+
+def columns_at(columns: Sequence[ExitColumn], widths: Sequence[float]) -> tuple[ExitColumn, ...]:
+    """The columns of a table of several widths, the narrowest first; those of the full width keep their names.
+
+    >>> [column.name for column in columns_at([ExitColumn(name="final", site="final")], (0.25, 1.0))]
+    ['final@0.25', 'final']
+    """
+    narrow = (replace(column, name=f"{column.name}@{width:g}", site=f"{column.site}@{width:g}", width=width)
+              for width in widths if width < 1 for column in columns)
+    return (*narrow, *columns)
 
 
 class MultiExit(nn.Module):
@@ -128,6 +141,17 @@ class MultiExit(nn.Module):
         output = self.step(len(self.sites), state)[1]
         said.append(output if self._read is None else self._read(output))
         return said
+
+    def retraced(self) -> "MultiExit":
+        """The same network and heads, traced and cut anew: for when layers of it have changed their shapes."""
+        traced = Traced(self.backbone, *self._traced.example())
+        known = {site.name: site for site in sites_of(traced)}
+        heads = {site.name: {column.head: self.head(column.name) for column in self.columns if column.site == site.name}
+                 for site in self.sites}
+        made = MultiExit(self.backbone, traced, [known[site.name] for site in self.sites], heads, task=self.task,
+                         num_classes=self.num_classes, logits=self._read)
+        made.notes = self.notes
+        return made.train(self.training)
 
     def extra_repr(self) -> str:
         return f"exits={[column.name for column in self.columns]}, task={self.task}, num_classes={self.num_classes}"

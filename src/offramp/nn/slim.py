@@ -27,9 +27,11 @@ class Slimmable(nn.Module):
     for each narrower width (``backbone.bn1.at_0:25.weight``).
     """
 
-    def __init__(self, backbone: nn.Module, plan: ChannelPlan) -> None:
+    def __init__(self, backbone: nn.Module, plan: ChannelPlan, example: Any) -> None:
         super().__init__()
         self.backbone, self.plan = backbone, plan
+        self.example = example
+        """A few rows of the inputs that it was made with: a tuple of arguments or a dict of keyword arguments."""
         self._gear = Gear((1.0,))
 
     @property
@@ -164,7 +166,7 @@ def slim_(
     args, kwargs = traced.example()
     with as_found(model, mode=False), torch.no_grad():
         before = model(*args, **kwargs)
-    net = Slimmable(model, plan)
+    net = Slimmable(model, plan, kwargs or args)
     found = {name: dict(module._modules) for name, module in model.named_modules()}
     try:
         _install(net)
@@ -233,25 +235,26 @@ def _release(model: nn.Module, width: float) -> None:
 
 def _verify(net: Slimmable, before: Any, args: Any, kwargs: Any) -> None:
     expected, shapes = flat(before)[0], [_shape(leaf) for leaf in flat(before)[0]]
-    for width in sorted(net.widths, reverse=True):
-        try:
-            with as_found(net.backbone, mode=False), torch.no_grad(), net.at(width):
-                said = flat(net(*args, **kwargs))[0]
-        except Exception as error:
-            raise WidthError(
-                expected=f"{type(net.backbone).__name__} to run at width {width}",
-                got=f"{type(error).__name__}: {error} in {_raised_in(net.backbone, error)}", where="slim_()",
-                todo="keep that part whole: where=lambda path, module: not path.startswith(...)",
-            ) from error
-        if [_shape(leaf) for leaf in said] != shapes:
-            raise WidthError(expected=f"outputs of shapes {shapes} at width {width}",
-                             got=f"{[_shape(leaf) for leaf in said]}", where="slim_()")
-        same = all(torch.equal(a, b) for a, b in zip(said, expected, strict=True) if isinstance(a, Tensor))
-        if width == 1.0 and not same:
-            raise WidthError(
-                expected="at full width the untouched network's output", got="another one", where="slim_()",
-                todo="a network that answers differently each time, in eval mode, cannot be checked",
-            )
+    with as_found(net.backbone, mode=False), torch.no_grad():  # once: what a width leaves behind, the next one meets
+        for width in sorted(net.widths, reverse=True):
+            try:
+                with net.at(width):
+                    said = flat(net(*args, **kwargs))[0]
+            except Exception as error:
+                raise WidthError(
+                    expected=f"{type(net.backbone).__name__} to run at width {width}",
+                    got=f"{type(error).__name__}: {error} in {_raised_in(net.backbone, error)}", where="slim_()",
+                    todo="keep that part whole: where=lambda path, module: not path.startswith(...)",
+                ) from error
+            if [_shape(leaf) for leaf in said] != shapes:
+                raise WidthError(expected=f"outputs of shapes {shapes} at width {width}",
+                                 got=f"{[_shape(leaf) for leaf in said]}", where="slim_()")
+            same = all(torch.equal(a, b) for a, b in zip(said, expected, strict=True) if isinstance(a, Tensor))
+            if width == 1.0 and not same:
+                raise WidthError(
+                    expected="at full width the untouched network's output", got="another one", where="slim_()",
+                    todo="a network that answers differently each time, in eval mode, cannot be checked",
+                )
 
 
 def _shape(leaf: Any) -> Any:

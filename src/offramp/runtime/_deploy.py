@@ -7,35 +7,38 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from offramp.cost.macs import count
 from offramp.errors import OfframpError, PlanError
-from offramp.nn.guest import fingerprint_of
-from offramp.nn.multiexit import MultiExit
+from offramp.nn.guest import evaluating, fingerprint_of
+from offramp.nn.multiexit import MultiExit, columns_at
 from offramp.nn.output import with_logits
+from offramp.nn.slim import Slimmable
+from offramp.nn.widths import exits_of, narrow_exits
 from offramp.runtime import anytime
 from offramp.runtime._evidence import gather_for
-from offramp.runtime._legs import Build, Engine, build_legs
+from offramp.runtime._legs import Build, Engine, build_legs, chain
 from offramp.runtime.adaptive import Adaptive
 from offramp.runtime.budgeted import cut_short
 from offramp.runtime.deadline import ByDeadline
-from offramp.types import Plan
+from offramp.types import ExitColumn, Plan
 
 __all__ = ["deploy"]
 
 
 @overload
 def deploy(
-    net: MultiExit, plan: Plan, *,
+    net: MultiExit | Slimmable, plan: Plan, *,
     engine: Engine = ..., dtype: torch.dtype | Literal["bf16", "fp32"] | None = ...,
     shrink: bool | Literal["auto"] = ..., channels_last: bool | None = ..., fold: bool | None = ...,
 ) -> Adaptive: ...
 @overload
 def deploy(
-    net: MultiExit, plan: Sequence[Plan], *,
+    net: MultiExit | Slimmable, plan: Sequence[Plan], *,
     engine: Engine = ..., dtype: torch.dtype | Literal["bf16", "fp32"] | None = ...,
     shrink: bool | Literal["auto"] = ..., channels_last: bool | None = ..., fold: bool | None = ...,
 ) -> ByDeadline: ...
 def deploy(
-    net: MultiExit,
+    net: MultiExit | Slimmable,
     plan: Plan | Sequence[Plan],
     *,
     engine: Engine = "eager",
@@ -50,7 +53,8 @@ def deploy(
 
     The network it comes from is left as it is and may go on training. With ``engine="eager"`` and nothing else asked,
     weights are shared with it, and a call in which no row leaves early says what the untouched network says, bit for
-    bit; every other choice changes rounding.
+    bit; every other choice changes rounding. Of a network of several widths, those that the plan names become narrow
+    networks with weights of their own.
 
     engine: "compile" gives each stage, its head and its confidence to ``torch.compile`` with frozen weights, once for a
         single row and once for any larger batch.
@@ -74,17 +78,53 @@ def deploy(
     copied = engine == "compile" or narrow is not None or bool(channels_last) or bool(fold)
     build = Build(engine=engine, dtype=narrow, channels_last=copied if channels_last is None else channels_last,
                   fold=copied if fold is None else fold)
-    answer = _answers(net, plan)
-    strides = {column.name: column.stride for column in net.columns}
+    answer = _answers(exits_of(net), plan)
+    strides = {column.name: column.stride for column in _columns(net)}
     gather = gather_for(plan.task, plan.policy, [strides[name] for name in plan.exits])
-    legs = build_legs(net, plan.exits, build, gather.score if plan.setting == "input_dependent" else None)
-    if plan.setting == "budgeted" and plan.exits:
-        legs = cut_short(legs, answer)
-    sites = {site.name: site for site in net.sites}
-    chosen = [sites[column.site] for name in plan.exits for column in net.columns if column.name == name]
-    ends = [*(site.macs_before for site in chosen), *(one.macs_before + one.macs_after for one in net.sites[:1])]
-    pace = anytime.Pace([end - start for start, end in zip([0, *ends], ends or [1], strict=False)])
-    return Adaptive(legs, plan, answer=answer, gather=gather, shrink=shrink, engine=engine, pace=pace)
+    parts, ends, macs = [], [], []
+    for part, names, ended in _by_width(net, plan):
+        legs = build_legs(part, names, build, gather.score if plan.setting == "input_dependent" else None)
+        if plan.setting == "budgeted" and names:
+            legs = cut_short(legs, answer)
+        parts.append((legs, part.logits))
+        ends.append(ended)
+        macs += _macs(part, names)[: None if ended else -1]
+    pace = anytime.Pace(macs)
+    return Adaptive(chain(parts, ends), plan, answer=answer, gather=gather, shrink=shrink, engine=engine, pace=pace)
+
+
+def _by_width(net: MultiExit | Slimmable, plan: Plan) -> list[tuple[MultiExit, list[str], bool]]:
+    """The network of each width that the plan runs, the names of its exits there, and whether its own end is asked."""
+    if isinstance(net, MultiExit):
+        return [(net, list(plan.exits), True)]
+    columns = {column.name: column for column in _columns(net)}
+    widths: dict[float, list[str]] = {}
+    for name in plan.exits:
+        widths.setdefault(columns[name].width, []).append(name.removesuffix(f"@{columns[name].width:g}"))
+    if plan.setting != "budgeted" or not plan.exits:
+        widths.setdefault(1.0, [])
+    made = []
+    for width, names in widths.items():
+        ended = width == 1.0 or names[-1] == "final"
+        made.append((narrow_exits(net, width), [name for name in names if name != "final"], ended))
+    return made
+
+
+def _macs(net: MultiExit, names: Sequence[str]) -> list[int]:
+    """Of the backbone, from each exit to the next, and to the end."""
+    before = {column.name: site.macs_before for column in net.columns for site in net.sites if site.name == column.site}
+    if net.sites:
+        whole = net.sites[0].macs_before + net.sites[0].macs_after
+    else:
+        args, kwargs = net.traced.example()
+        with evaluating(net.backbone):
+            whole = int(count(net.backbone, *args, **kwargs).total) // len(net.traced.kept)
+    ends = [*(before[name] for name in names), whole]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _columns(net: MultiExit | Slimmable) -> tuple[ExitColumn, ...]:
+    return net.columns if isinstance(net, MultiExit) else columns_at(exits_of(net).columns, net.widths)
 
 
 def _answers(net: MultiExit, plan: Plan) -> Callable[[Tensor], Any]:
@@ -107,23 +147,24 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known[dtype]
 
 
-def _check_plan(net: MultiExit, plan: Plan) -> None:
-    names = [column.name for column in net.columns]
+def _check_plan(net: MultiExit | Slimmable, plan: Plan) -> None:
+    columns, exits = _columns(net), exits_of(net)
+    names = [column.name for column in columns]
     faults = []
-    if plan.task != net.task:
-        faults.append(f"task {plan.task!r}, the network's is {net.task!r}")
+    if plan.task != exits.task:
+        faults.append(f"task {plan.task!r}, the network's is {exits.task!r}")
     if plan.setting == "budgeted" and len(plan.exits) > 1:
         faults.append(f"{len(plan.exits)} exits in a budgeted plan, which ends at one")
     if missing := [name for name in plan.exits if name not in names[:-1]]:
         faults.append(f"exits {missing}, the network has {names[:-1]}")
     else:
         places = [names.index(name) for name in plan.exits]
-        sites = [net.columns[place].site for place in places]
+        sites = [columns[place].site for place in places]
         if places != sorted(set(places)) or len(set(sites)) != len(sites):
             faults.append(f"exits {list(plan.exits)}, not in order of depth with one a site")
     made_for = plan.fingerprints.get("model")
-    if not faults and made_for and made_for != fingerprint_of(net):
-        faults.append(f"network {made_for}, this one is {fingerprint_of(net)}: other weights or another model")
+    if not faults and made_for and made_for != fingerprint_of(exits):
+        faults.append(f"network {made_for}, this one is {fingerprint_of(exits)}: other weights or another model")
     if faults:
         raise PlanError(expected="a plan for this network", got="; ".join(faults), where="deploy()",
                         todo="record this network and search a plan on that table.")

@@ -13,7 +13,7 @@ from offramp.graph import Stage, State, Traced, begin, split
 from offramp.nn.guest import fold_batch_norms_
 from offramp.nn.multiexit import MultiExit
 
-__all__ = ["Build", "Engine", "Leg", "Legs", "build_legs"]
+__all__ = ["Build", "Call", "Engine", "Leg", "Legs", "build_legs", "chain"]
 
 Engine = Literal["eager", "compile"]
 
@@ -52,6 +52,10 @@ class Build:
         return self.dtype is not None or self.channels_last or self.fold
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments of one call."""
+
+
 @dataclass(frozen=True)
 class Leg:
     """One merged stage, and the head at its end; the last leg has none."""
@@ -68,10 +72,17 @@ class Leg:
     """What logits are cast to, where the network is narrower."""
     mark: bool
     """Whether inputs are marked to be of any batch size, for the compiler."""
+    reads: Callable[[Any], Tensor] | None = None
+    """Of a leg that ends a narrower network: finds the logits in its output, which is not the last word."""
+    fresh: Callable[[Call, Tensor | None], State] | None = None
+    """Of a leg that begins another width: the state of these rows of the call, from its inputs."""
 
     def run(self, state: State) -> tuple[State, Tensor, Tensor | None]:
         """To the leg's end: the state there, its exit's logits, and each pixel's score where that is compiled too."""
         after = self._advance(state)
+        if self.reads is not None:
+            said = self.reads(after)
+            return state, said if self.wide is None else said.to(self.wide), None
         if self.extras:
             said = after.values[-self.extras :]
             after = replace(after, values=after.values[: -self.extras])
@@ -111,6 +122,36 @@ class Legs:
         """The state before the first leg, inputs cast and laid out as the weights are."""
         args, kwargs = self.build.prepare((args, kwargs))
         return begin(self.traced, *args, **kwargs)
+
+    def restart(self, call: Call, rows: Tensor | None) -> State:
+        """The same of some rows of a call."""
+        args, kwargs = call
+        if rows is None:
+            return self.begin(*args, **kwargs)
+        count = next(len(leaf) for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.ndim)
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count else leaf, call)
+        return self.begin(*args, **kwargs)
+
+
+def chain(parts: Sequence[tuple[Legs, Callable[[Any], Tensor]]], ends: Sequence[bool]) -> Legs:
+    """Networks of rising width one after another, each from the input: whoever a narrower one keeps starts again.
+
+    ``ends`` says of each whether its own end is one of the plan's exits; the last one's always is.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    legs: list[Leg] = []
+    for k, ((part, reads), ended) in enumerate(zip(parts, ends, strict=True)):
+        mine = list(part.legs)
+        if k < len(parts) - 1:
+            mine = [*mine[:-1], replace(mine[-1], reads=reads)] if ended else mine[:-1]
+            mine[-1] = replace(mine[-1], may_shrink=False)  # nothing of its state goes on
+        if k:
+            mine[0] = replace(mine[0], fresh=part.restart)
+        legs += mine
+    first = parts[0][0]
+    return replace(first, legs=tuple(legs), module=nn.ModuleList([part.module for part, _ in parts]))
 
 
 def build_legs(net: MultiExit, exits: Sequence[str], build: Build, score: Callable[[Tensor], Tensor] | None) -> Legs:

@@ -16,7 +16,7 @@ from offramp.errors import OfframpError, PlanError
 from offramp.graph import State
 from offramp.runtime import anytime
 from offramp.runtime._evidence import Gather
-from offramp.runtime._legs import Build, Engine, Leg, Legs
+from offramp.runtime._legs import Build, Call, Engine, Leg, Legs
 from offramp.runtime._output import Assembly, rows_of
 from offramp.runtime._passing import Passing
 from offramp.runtime._shrink import Crossover, Shrinker
@@ -64,6 +64,7 @@ class Adaptive(nn.Module):
         self.answer = answer
         """Puts an exit's logits in the form of the network's output."""
         self.gather, self.pace = gather, pace
+        self._silent_until = max((k for k, leg in enumerate(legs.legs) if leg.fresh is not None), default=0)
         self._shrinker = Shrinker(shrink, len(legs.legs))
         self._last = threading.local()
         self.training = False
@@ -107,7 +108,7 @@ class Adaptive(nn.Module):
         start = anytime.now()
         with torch.inference_mode():
             state = self._built.begin(*args, **kwargs)
-        return anytime.Anytime(self, state, deadline_ms, start)
+        return anytime.Anytime(self, state, (args, kwargs), deadline_ms, start)
 
     @property
     def shrink(self) -> bool | Literal["auto"]:
@@ -136,6 +137,8 @@ class Adaptive(nn.Module):
             return self._shrinker.crossovers
         state: Any = self._built.begin(*args, **kwargs)
         for k, leg in enumerate(self._legs):
+            if leg.fresh is not None:
+                state = leg.fresh((args, kwargs), None)
             if k and self._legs[k - 1].may_shrink and state.rows > 1:
                 self._shrinker.pays(k, state.rows, 1, state, leg.only_stage)
             state = leg.only_stage(state)
@@ -144,26 +147,28 @@ class Adaptive(nn.Module):
     def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Iterator[_Piece], int]:
         with torch.inference_mode():
             state = self._built.begin(*args, **kwargs)
-        return self._run(state), state.rows
+        return self._run(state, (args, kwargs)), state.rows
 
-    def _run(self, state: State) -> Iterator[_Piece]:
+    def _run(self, state: State, call: Call) -> Iterator[_Piece]:
         turn = Passing(self.plan, state.rows)
         try:
-            yield from self._steps(state, turn)
+            yield from self._steps(state, call, turn)
         finally:  # also where the caller stops listening, or an input is refused
             turn.end()
 
-    def _steps(self, state: State, turn: Passing) -> Iterator[_Piece]:
+    def _steps(self, state: State, call: Call, turn: Passing) -> Iterator[_Piece]:
         rows: Tensor | None = None  # places in the call of the undecided rows; None: all of them, in order
         alive: Tensor | None = None  # their places in the state; None: the state holds no others
         parts: list[Any] = []  # what each exit so far said of them
         # Inference mode is left around each yield: it is a mode of the thread, and the caller's code runs there.
-        for k, leg in enumerate(self._legs[:-1]):
-            if self.plan.setting == "anytime":
-                with torch.inference_mode():
-                    state = leg.only_stage(state)
-                continue
+        first = self._silent_until if self.plan.setting == "anytime" else 0
+        for k, leg in enumerate(self._legs[first:-1], first):
             with torch.inference_mode():
+                if leg.fresh is not None:
+                    state, alive = leg.fresh(call, rows), None
+                if self.plan.setting == "anytime":
+                    state = leg.only_stage(state)
+                    continue
                 state, logits, score = leg.run(state)
                 if alive is not None:
                     logits, score = logits[alive], None if score is None else score[alive]
@@ -193,6 +198,8 @@ class Adaptive(nn.Module):
                 else:
                     alive = places
         with torch.inference_mode():
+            if (fresh := self._legs[-1].fresh) is not None:
+                state, alive = fresh(call, rows), None
             output = self._legs[-1].only_stage(state)
         turn.reached = len(self._legs) - 1
         yield _Piece(rows, alive, output, len(self._legs) - 1)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from offramp.errors import OfframpError
 from offramp.graph import State
+from offramp.runtime._legs import Call
 from offramp.runtime._output import rows_of
 from offramp.runtime._passing import Passing
 
@@ -74,13 +75,13 @@ class Anytime(Iterator[Refined]):
     Any thread may read ``latest`` or call ``stop()`` when a result is needed now.
     """
 
-    def __init__(self, fast: "Adaptive", state: State, deadline_ms: float | None, start: float) -> None:
+    def __init__(self, fast: "Adaptive", state: State, call: Call, deadline_ms: float | None, start: float) -> None:
         if deadline_ms is not None and deadline_ms != deadline_ms:
             raise OfframpError(expected="deadline_ms as a number", got=repr(deadline_ms), where="anytime()")
         self.latest: Refined | None = None
         """The best answer so far."""
         self._stopped = threading.Event()
-        self._answers = _refine(fast, state, deadline_ms, start, self._stopped)
+        self._answers = _refine(fast, state, call, deadline_ms, start, self._stopped)
 
     def __next__(self) -> Refined:
         self.latest = next(self._answers)
@@ -91,23 +92,26 @@ class Anytime(Iterator[Refined]):
         self._stopped.set()
 
 
-def _refine(fast: "Adaptive", state: Any, deadline_ms: float | None, start: float, stopped: threading.Event
-            ) -> Iterator[Refined]:
+def _refine(fast: "Adaptive", state: Any, call: Call, deadline_ms: float | None, start: float,
+            stopped: threading.Event) -> Iterator[Refined]:
     turn = Passing(fast.plan, state.rows)
     try:
-        yield from _steps(fast, state, deadline_ms, start, stopped, turn)
+        yield from _steps(fast, state, call, deadline_ms, start, stopped, turn)
     finally:
         turn.end()
 
 
-def _steps(fast: "Adaptive", state: Any, deadline_ms: float | None, start: float, stopped: threading.Event,
-           turn: Passing) -> Iterator[Refined]:
+def _steps(fast: "Adaptive", state: Any, call: Call, deadline_ms: float | None, start: float,
+           stopped: threading.Event, turn: Passing) -> Iterator[Refined]:
     count, pace, spent, work = state.rows, fast.pace, 0.0, 0.0
     whole, exits = None, torch.zeros(count, dtype=torch.int64)
     rows: Tensor | None = None  # as in Adaptive: places of the unsettled rows in the call, and in the state
     alive: Tensor | None = None
     parts: list[Any] = []
     for k, leg in enumerate(fast.legs):
+        if leg.fresh is not None:
+            with torch.inference_mode():
+                state, alive = leg.fresh(call, rows), None
         before = state
         if k:
             expected = pace.expect(k, before, spent / work)
@@ -115,7 +119,7 @@ def _steps(fast: "Adaptive", state: Any, deadline_ms: float | None, start: float
                 return
         began, leaves = now(), None
         with torch.inference_mode():
-            if leg.head is None:
+            if k == len(fast.legs) - 1:
                 output = leg.only_stage(state)
                 turn.reached = k
             else:

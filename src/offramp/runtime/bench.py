@@ -187,6 +187,8 @@ def macs_to_exits(fast: Adaptive, inputs: Any) -> tuple[int, ...]:
     state: Any = fast.begin(*_args(one), **_kwargs(one))
     spent, found = 0, []
     for leg in fast.legs:
+        if leg.fresh is not None:
+            state = leg.fresh((_args(one), _kwargs(one)), None)
         spent += macs.count(leg.plain, state).total
         state = leg.plain(state)
         if leg.head is not None:

@@ -178,6 +178,21 @@ class Costs:
         )
 
     @staticmethod
+    def of_widths(parts: Mapping[float, "Costs"]) -> "Costs":
+        """The costs of one network at several widths, each with columns of its own; "dense" is the full width."""
+        chosen = sorted(parts)
+        settings = {(one.device, one.engine, one.dtype, one.batch) for one in parts[chosen[-1]].latency}
+        times = []
+        for device, engine, dtype, batch in sorted(settings):
+            ones = [parts[width].at(batch=batch, device=device, engine=engine, dtype=dtype) for width in chosen]
+            joined: dict[str, Any] = {name: tuple(ms for one in ones for ms in getattr(one, name)) for name in _TIMES}
+            times.append(replace(ones[-1], **joined))
+        return Costs(
+            **{name: tuple(value for width in chosen for value in getattr(parts[width], name)) for name in _COUNTS},
+            latency=tuple(times), widths=tuple(width for width in chosen for _ in parts[width].macs),
+        )
+
+    @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Costs":
         """Read what ``dataclasses.asdict`` gave."""
         try:
