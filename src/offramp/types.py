@@ -151,4 +151,6 @@ class Plan:
     """``budgeted``: everything ends at the one exit named; ``anytime``: all exits speak, nobody leaves by confidence;
     ``input_dependent``: the policy decides."""
     certificate: Mapping[str, Any] = field(default_factory=dict)
-    """What an exhaustive search vouches for: configurations, how many each bound ruled out, the remaining gap."""
+    """What can be relied on beyond the figures. Of an exhaustive search, where ``proven`` is: configurations, how many
+    each bound ruled out, the remaining gap. Of ``guarantee``, where ``guarantees`` is: what was tested on how many
+    samples, and the bounds reached with which confidence."""

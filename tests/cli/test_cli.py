@@ -26,7 +26,7 @@ FLAGS = {
     "record": {"--split", "--batches", "--batch-size", "--confidences", "--device", "--again"},
     "search": {"--max-drop", "--minimise", "--tolerance", "--confidence", "--max-exits", "--against",
                "--latency-batch", "--setting", "--min-miou", "--max-macs", "--max-latency-ms", "--max-bytes",
-               "--time-limit", "--front"},
+               "--time-limit", "--front", "--by", "--budget", "--guarantee"},
     "adapt": {"--data", "--out", "--max-drop", "--exits", "--heads", "--recipe", "--epochs", "--lr", "--seed",
               "--train-split", "--within", "--minimise", "--tolerance", "--confidence", "--max-exits", "--against",
               "--latency-batch", "--batches", "--batch-size", "--confidences", "--device", "--precision", "--again"},

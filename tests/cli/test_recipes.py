@@ -46,12 +46,20 @@ def test_the_first_stage_trains_all_and_the_second_goes_on_from_its_network(firs
 
 
 def test_every_recipe_is_on_the_command_line_and_says_what_it_needs(first: Path) -> None:
-    assert set(RECIPES) == set(recipes.__all__) - {"flip", "flip_shift", "scale_crop_flip", "eenet"}
+    assert set(RECIPES) == set(recipes.__all__) - {"flip", "flip_shift", "scale_crop_flip", "slim"}
     words = call("train", "--help").stdout
     assert all(name in words for name in RECIPES)
     out = first / "x"
     assert "--epochs" in refused("train", "offramp:scenes_dense", "--data", DATA, "--out", out, "--recipe", "kd")
     assert not out.exists()
+
+
+def test_eenets_recipe_weighs_as_many_exits_as_there_are(first: Path) -> None:
+    call("train", f"offramp:scenes_dense?weights={first / 'net.safetensors'}", "--data", DATA, "--out",
+         first / "eenet", "--exits", 2, "--recipe", "eenet", "--epochs", 1)
+    made = Run.open(first / "eenet")
+    assert made.manifest.recipe["data"]["weights"] == pytest.approx([1 / 12, 2 / 12, 3 / 12])
+    assert made.manifest.trained and made.manifest.whole and len(made.manifest.exits) == 2
 
 
 def test_confidences_are_those_asked_for(first: Path) -> None:

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as SklearnRidge
 
 from choose.synthetic import classify, costs_of
+from offramp.choose.replay import replay
 from offramp.errors import OfframpError
 from offramp.policies.lesson import lesson
 from offramp.policies.quotas import leave
@@ -19,6 +20,7 @@ from offramp.policies.thresholds import Thresholds
 from offramp.policies.values import Ridge, fit_voices, log_probs, posterior, read
 from offramp.table import ExitTable
 from offramp.testing import SchedulerContract
+from offramp.types import Plan
 
 
 class TestStopping(SchedulerContract):
@@ -194,6 +196,24 @@ def test_what_is_foreseen_is_near_what_comes() -> None:
         value, cost = path.foreseen(budget)
         assert value == pytest.approx(float(taught.right.gather(1, at[:, None]).mean()), abs=0.03)
         assert cost == pytest.approx(float(taught.cost[at].mean()), rel=0.05)
+
+
+def test_what_is_foreseen_is_of_the_policy_that_is_given() -> None:
+    """With few samples that is one threshold, of which the lesson itself tells all."""
+    table = classify(60, 3, 5)
+    taught = lesson(table)
+    path = Stopping(points=8).fit(taught)
+    kinds = set()
+    for share in (0.4, 0.5, 0.6, 0.7, 0.8):
+        policy = path(budget := share * float(taught.cost[-1]))
+        kinds.add(type(policy))
+        if isinstance(policy, Thresholds):
+            done = replay(table, Plan(exits=table.names[:-1], policy=policy, task="classify"))
+            assert done.correct is not None
+            value, cost = path.foreseen(budget)
+            assert value == pytest.approx(float(done.correct.double().mean()))
+            assert cost == pytest.approx(float(done.macs.mean()))
+    assert Thresholds in kinds
 
 
 def test_the_evidence_of_one_voice_is_the_exits_own_confidence() -> None:

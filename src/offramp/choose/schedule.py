@@ -172,12 +172,13 @@ class Fitted:
         table, added = self.table, [self._added_ms[name] for name in plan.exits if name in self._added_ms]
         against = "labels" if self.against != "backbone" and table.has_labels else "backbone"
         done = replay(table, plan, batch=self.batch)
+        loss = done.drop if against == "labels" else done.disagreement
         notes = () if plan.exits else ("No exit lets anybody go at this budget: this plan runs the whole network.",)
         return replace(
             plan, fingerprints=dict(table.fingerprints), split=table.split, notes=notes,
             asked={"budget": most, "unit": self.unit, "batch": self.batch, "against": against,
                    "scheduler": _name(self.scheduler)},
-            predicted={**done.figures(), "decision_ms": added,
+            predicted={**done.figures(), "loss": loss, "loss_against": against, "decision_ms": added,
                        "cost": float(done.cost(self.unit, batch=self.batch, decision_ms=added).mean())})
 
 

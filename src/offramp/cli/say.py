@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from offramp.errors import OfframpError
+from offramp.types import Plan
 
-__all__ = ["Debug", "Json", "Settled", "Steps", "command_line", "fail", "note", "result", "verb"]
+__all__ = ["Debug", "Json", "Settled", "Steps", "command_line", "fail", "note", "result", "summary", "verb"]
 
 P = ParamSpec("P")
 
@@ -82,6 +83,25 @@ def _sentence(error: BaseException) -> str | None:
         first = (str(error).splitlines() or [""])[0][:200]
         return f"out of memory ({first}). What to do: a smaller --batch-size, or another --device"
     return None
+
+
+def summary(plan: Plan) -> str:
+    """A plan in a few lines: who leaves where, what it saves and loses, and what is vouched for."""
+    said = plan.predicted
+    lines = [f"exits {', '.join(plan.exits) or 'none'}; on {plan.split}, which it was fitted on:"]
+    macs, whole = float(said["macs"]), float(said["backbone_macs"])
+    lines.append(f"  {1 - macs / whole:.1%} fewer MACs ({macs / 1e6:.4g} M instead of {whole / 1e6:.4g} M a sample), "
+                 f"loss {float(said['loss']):.4f} against {said['loss_against']}")
+    lines.append("  leave at: " + ", ".join(f"{name} {share:.1%}" for name, share in
+                                            zip(said["exits"], said["shares"], strict=True)))
+    if "budget" in plan.asked:
+        lines.append(f"  {plan.asked['scheduler']}: {float(said['cost']):.6g} {plan.asked['unit']} a sample of the "
+                     f"{float(plan.asked['budget']):.6g} asked")
+    if "proven" in (told := plan.certificate):
+        proof = "proven" if told["proven"] else f"not proven, {float(told['gap']):.1%} may be left"
+        lines.append(f"  {plan.setting}: optimum of {float(told['configurations']):.4g} configurations {proof}, "
+                     f"{told['evaluated']} evaluated in {float(told['seconds']):.3g} s")
+    return "\n".join([*lines, *map(str, plan.notes)])
 
 
 class Steps:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.say import Debug, Json, command_line, fail, result, verb
+from offramp.cli.say import Debug, Json, command_line, fail, result, summary, verb
 
 if TYPE_CHECKING:
     from offramp.cli.folder import Run
@@ -36,12 +36,13 @@ HeadKind = Annotated[str, typer.Option("--heads", help="small (new layers, sized
                                        "own tail, most blocks left out; stronger on residual networks) or mess (dense "
                                        "networks: 64 candidates a site, for the search to choose from).")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="label_free (no labels, frozen network). All others need "
-                                         "labels, and --epochs but for joint: joint, exit_aware (one exit a step) and "
+                                         "labels, and --epochs but for joint and eenet: joint, eenet (deeper exits "
+                                         "weigh more, and teach in the end), exit_aware (one exit a step) and "
                                          "final_only (no exit) train the whole network, which is kept as "
                                          "RUN/backbone.safetensors; mess, frozen, kd and self_distill train exits "
                                          "on a frozen one, mess best on that of exit_aware.")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; for label_free and joint the recipe's "
-                                            "own unless given.")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; for label_free, joint and eenet the "
+                                            "recipe's own unless given.")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate; the recipe's own unless given.")]
 Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
 TrainSplit = Annotated[str | None, typer.Option(help="Splits to train on, such as train+unlabelled.")]
@@ -145,12 +146,34 @@ def search(
     time_limit: Annotated[float, typer.Option(help="Seconds, then the best plan so far and the gap.")] = 60.0,
     front: Annotated[bool, typer.Option("--front", help="Print the whole front of cost and quality; keeps no plan.")
                      ] = False,
+    by: Annotated[str | None, typer.Option(help="Fit a policy to a --budget instead: a name as in compare; stopping "
+                                           "unless given.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The mean a sample that --by may spend: 0.6x of the untouched "
+                                               "network, 25ms, or 3.5e8 MACs.")] = None,
+    guarantee: Annotated[float | None, typer.Option(metavar="CONFIDENCE", help="Promise --max-drop, --budget or both "
+                                                    "for samples to come, with this confidence, such as 0.95.")] = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """Choose exits and thresholds on the calibration split: the best plan within the limits that you state."""
+    """Choose exits and thresholds on the calibration split: the best plan within the limits that you state.
+
+    Or fit a policy to a mean budget: [b]offramp search run --by stopping --budget 0.6x[/b]. Or ask for a promise:
+    [b]offramp search run --max-drop 0.01 --guarantee 0.95[/b].
+    """
     from offramp.cli.folder import Run
     from offramp.cli.work import front_run, search_run
 
+    if by is not None or budget is not None or guarantee is not None:
+        from offramp.cli.budgets import schedule_run
+
+        _alone({"--tolerance": tolerance != "auto", "--confidence": confidence != "top", "--max-exits": max_exits,
+                "--setting": setting != "input_dependent", "--min-miou": min_miou, "--max-macs": max_macs,
+                "--max-latency-ms": max_latency_ms, "--max-bytes": max_bytes, "--front": front,
+                "--minimise": minimise not in ("macs", "latency_ms")})
+        _options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
+        _searched(run, schedule_run(
+            Run.open(run), by=by, budget=budget, max_drop=max_drop, confidence=guarantee, unit=minimise,
+            batch=latency_batch, against=against, command=command_line(), quiet=as_json), as_json)
+        return
     options = _options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
     options |= {"setting": setting, "min_miou": min_miou, "max_macs": max_macs, "max_latency_ms": max_latency_ms,
                 "max_bytes": max_bytes, "time_limit_s": time_limit}
@@ -301,8 +324,9 @@ def _train(
 
     if precision not in (None, "bf16"):
         fail(f"--precision: expected bf16 or nothing, but got {precision!r}.")
-    made = make_recipe(recipe, epochs=epochs, lr=lr, seed=seed)
     places: Any = int(exits) if exits.isdigit() else [one.strip() for one in exits.split(",")]
+    made = make_recipe(recipe, exits=places if isinstance(places, int) else len(places), epochs=epochs, lr=lr,
+                       seed=seed)
     run = start(out, model=model, data=data, exits=places, heads=heads, within=within, recipe=made, again=again,
                 command=command_line())
     train_run(run, made, split=train_split, device=device, precision=precision, quiet=quiet)
@@ -323,6 +347,13 @@ def _options(max_drop: float | None, minimise: str, tolerance: str, confidence: 
     return {"max_drop": max_drop, "minimise": minimise, "tolerance": None if tolerance == "auto" else tolerance,
             "confidence": names if len(names) > 1 else confidence,
             "max_exits": max_exits, "against": against, "batch": batch}
+
+
+def _alone(given: dict[str, Any]) -> None:
+    """Refuse what --by, --budget and --guarantee would pass over."""
+    if wrong := [flag for flag, value in given.items() if value is not None and value is not False]:
+        fail(f"{', '.join(wrong)}: expected without --by, --budget and --guarantee, which fit a policy instead of "
+             "searching; --minimise macs or latency_ms says what is spent.")
 
 
 def _confidences(text: str | None, flag: str) -> list[str] | None:
@@ -348,22 +379,7 @@ def _numbers(text: str, mark: str, flag: str) -> list[int]:
 def _searched(run: Path, plan: "Plan", as_json: bool) -> None:
     result({"run": str(run), "exits": plan.exits, "predicted": plan.predicted, "notes": plan.notes,
             "certificate": plan.certificate},
-           f"{_plan(plan)}\nnext: offramp bench {run}; offramp report {run}", as_json=as_json)
-
-
-def _plan(plan: "Plan") -> str:
-    said = plan.predicted
-    lines = [f"exits {', '.join(plan.exits) or 'none'}; on {plan.split}, which it was fitted on:"]
-    macs, whole = float(said["macs"]), float(said["backbone_macs"])
-    lines.append(f"  {1 - macs / whole:.1%} fewer MACs ({macs / 1e6:.4g} M instead of {whole / 1e6:.4g} M a sample), "
-                 f"loss {float(said['loss']):.4f} against {said['loss_against']}")
-    lines.append("  leave at: " + ", ".join(f"{name} {share:.1%}" for name, share in
-                                            zip(said["exits"], said["shares"], strict=True)))
-    if told := plan.certificate:
-        proof = "proven" if told["proven"] else f"not proven, {float(told['gap']):.1%} may be left"
-        lines.append(f"  {plan.setting}: optimum of {float(told['configurations']):.4g} configurations {proof}, "
-                     f"{told['evaluated']} evaluated in {float(told['seconds']):.3g} s")
-    return "\n".join([*lines, *map(str, plan.notes)])
+           f"{summary(plan)}\nnext: offramp bench {run}; offramp report {run}", as_json=as_json)
 
 
 def main() -> None:

@@ -32,17 +32,20 @@ __all__ = ["front_run", "make_recipe", "open_model", "record_run", "search_run",
 HEADS: dict[str, Any] = {"small": None, "shortcut": ShortcutSpec(share=0.2), "mess": mess_space()}
 RECIPES: dict[str, Callable[..., Recipe]] = {one.__name__: one for one in (
     recipes.label_free, recipes.joint, recipes.exit_aware, recipes.mess, recipes.final_only, recipes.frozen, recipes.kd,
-    recipes.self_distill)}
+    recipes.self_distill, recipes.eenet)}
+_HABITS = ("label_free", "joint", "eenet")
 
 
-def make_recipe(name: str, **options: Any) -> Recipe:
-    """A recipe by its function's name; options that are None keep its defaults."""
+def make_recipe(name: str, *, exits: int = 0, **options: Any) -> Recipe:
+    """A recipe by its function's name, for so many early exits; options that are None keep its defaults."""
     if name not in RECIPES:
         raise OfframpError(expected=f"a recipe among {', '.join(RECIPES)}", got=repr(name), where="--recipe",
                            todo=near(name, RECIPES))
-    if options.get("epochs") is None and name not in ("label_free", "joint"):
+    if options.get("epochs") is None and name not in _HABITS:
         raise OfframpError(expected=f"--epochs, which {name} has no habit of its own for", got="none", where="--recipe",
                            todo="say how often it may pass over the data, such as --epochs 20.")
+    if name == "eenet":
+        options["exits"] = exits + 1  # the final one counts
     return RECIPES[name](**{k: v for k, v in options.items() if v is not None})
 
 

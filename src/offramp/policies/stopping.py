@@ -23,7 +23,7 @@ from offramp.policies.glance import glance
 from offramp.policies.lesson import Lesson
 from offramp.policies.quotas import leave
 from offramp.policies.rules import Swept, scores_of
-from offramp.policies.scored import leave_above
+from offramp.policies.scored import Scored, leave_above
 from offramp.policies.values import Part, Reading, Ridge, laid_out, posterior, read, voices_of
 from offramp.policies.values_row import RowScore, curve
 from offramp.types import Evidence, Policy
@@ -304,10 +304,8 @@ class StoppingPath:
         says all there is to say, are no ground for more.
         """
         budget = self._lesson.feasible(budget)
-        place, plain = self._place(budget), self._plain(budget)
-        at = leave(self._tops, plain.thresholds)
-        gained = self._values[:, round(place)] - self._lesson.value.gather(1, at[:, None])[:, 0]
-        if float(gained.mean()) < _WORTH * float(gained.std(unbiased=False)) / math.sqrt(len(gained)):
+        place, plain, _ = self._chosen(budget)
+        if plain is not None:
             return plain
         for step in range(60):
             policy = self._policy(place)
@@ -317,10 +315,22 @@ class StoppingPath:
         return self._policy(self._last)
 
     def foreseen(self, budget: float) -> tuple[float, float]:
-        """(mean value, mean cost) at a budget, each sample judged by regressions that left it out."""
-        at = self._exits[:, round(self._place(self._lesson.feasible(budget)))]
-        value = self._lesson.value.gather(1, at[:, None]).mean()
-        return float(value), float(self._lesson.cost[at].mean())
+        """(mean value, mean cost) at a budget of the policy that is given for it.
+
+        What was learned judges each sample by regressions that left it out; one threshold is judged on the very samples
+        that it was fitted to, of which it knows one number.
+        """
+        _, _, at = self._chosen(self._lesson.feasible(budget))
+        return float(self._lesson.value.gather(1, at[:, None]).mean()), float(self._lesson.cost[at].mean())
+
+    def _chosen(self, budget: float) -> tuple[float, Scored | None, Tensor]:
+        """The place on the path; one threshold, where that does as well; and where each sample should leave (N,)."""
+        place, plain = self._place(budget), self._plain(budget)
+        learned, simple = self._exits[:, round(place)], leave(self._tops, plain.thresholds)
+        gained = (self._lesson.value.gather(1, learned[:, None]) - self._lesson.value.gather(1, simple[:, None]))[:, 0]
+        if float(gained.mean()) < _WORTH * float(gained.std(unbiased=False)) / math.sqrt(len(gained)):
+            return place, plain, simple
+        return place, None, learned
 
     @property
     def _last(self) -> float:
