@@ -222,6 +222,25 @@ def test_a_layer_called_twice_and_tied_weights_have_one_width() -> None:
     assert [layer.path for layer in plan.layers] == ["a", "b", "c", "d"]
 
 
+def test_heads_that_only_training_calls_read_the_same_channels() -> None:
+    class Helped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.out = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 2, 1)
+            self.aux = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            x = self.norm(self.a(x))
+            return (self.out(x), self.aux(x)) if self.training else (self.out(x),)
+
+    model = Helped().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = channels(trace(model, torch.randn(2, 3, 4, 4)))
+    assert plan.layer("aux").reads == plan.layer("a").gives == plan.layer("out").reads
+    assert plan.spaces[plan.layer("aux").gives[0].space].fixed and not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_second_program_reads_the_channels_of_the_first() -> None:
     backbone = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 5, 1))
     head = nn.Sequential(nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1), nn.Flatten(), nn.Linear(8 * 36, 5))

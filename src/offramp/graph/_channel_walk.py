@@ -121,6 +121,10 @@ class Walk:
                 if self.carried[node] is None:
                     self._blame(node)
 
+    def __contains__(self, path: object) -> bool:
+        """Whether a layer at that path was called so far."""
+        return path in self._layers
+
     # -- what rules ask
 
     def carry(self, node: Any) -> Carry | None:

@@ -9,16 +9,22 @@ networks (arXiv:1812.08928), whose rounding this is: to multiples of 8, never be
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from offramp.errors import CutError
 from offramp.graph import _channel_parts, _channel_rules, _channel_views  # noqa: F401  they register their rules
 from offramp.graph._axes import Axis, Segment
 from offramp.graph._channel_walk import Carry, Layer, Walk
+from offramp.graph._guest import as_found
 from offramp.graph.trace import Traced
 
 __all__ = ["Axis", "Carry", "ChannelPlan", "Layer", "Segment", "Space", "Walk", "channels", "planned"]
+
+_WITH_CHANNELS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,9 @@ def channels(traced: Traced, *, where: Callable[[str, nn.Module], bool] | None =
     """Which channels of a traced network go together, without touching the network.
 
     where: says of a path and a module whether its channels may be narrowed; False keeps what that layer gives. The
-    network's inputs and outputs are always kept. WidthError where channels that would be narrowed meet an op for which
-    there is no rule; it names op, file and line.
+    network's inputs and outputs are always kept. Where layers are called only in training, as auxiliary heads are, the
+    training graph is read too, if the example can be trained on. WidthError where channels that would be narrowed meet
+    an op for which there is no rule; it names op, file and line.
 
     >>> import torch
     >>> from offramp.graph.trace import trace
@@ -118,6 +125,9 @@ def channels(traced: Traced, *, where: Callable[[str, nn.Module], bool] | None =
     """
     walk = Walk(where)
     walk.feed(traced.program, traced.model)
+    if any(isinstance(module, _WITH_CHANNELS) and path not in walk for path, module in traced.model.named_modules()):
+        with as_found(traced.model, mode=True), torch.no_grad(), suppress(CutError):
+            walk.feed(traced.program_for(*traced.example()), traced.model)
     return planned(walk)
 
 
