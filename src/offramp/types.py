@@ -152,5 +152,5 @@ class Plan:
     ``input_dependent``: the policy decides."""
     certificate: Mapping[str, Any] = field(default_factory=dict)
     """What can be relied on beyond the figures. Of an exhaustive search, where ``proven`` is: configurations, how many
-    each bound ruled out, the remaining gap. Of ``guarantee``, where ``guarantees`` is: what was tested on how many
+    each bound ruled out, the remaining gap. Of ``guarantee``, where ``promise`` is: what was tested on how many
     samples, and the bounds reached with which confidence."""

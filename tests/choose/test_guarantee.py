@@ -13,7 +13,8 @@ from scipy.stats import beta, binom
 import offramp.choose.guarantee as module
 from choose.schedulers import Geometric
 from choose.synthetic import classify, dense
-from offramp.choose.guarantee import family, guarantee
+from offramp.choose import family
+from offramp.choose.guarantee import guarantee
 from offramp.choose.plan import load_plan, save_plan
 from offramp.choose.replay import replay
 from offramp.errors import OfframpError, PlanError

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from choose.schedulers import Geometric
 from choose.synthetic import classify, dense
+from offramp.choose import replay_stream
 from offramp.choose.plan import load_plan, save_plan
 from offramp.choose.replay import replay
-from offramp.choose.stream import replay_stream
 from offramp.errors import FileFormatError, OfframpError, PlanError
 from offramp.policies.lesson import lesson
 from offramp.policies.switch import Switch, Switching, Turn

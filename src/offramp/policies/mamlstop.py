@@ -146,7 +146,7 @@ def stop_at(logits: Tensor) -> Tensor:
 
 
 def oracle(losses: Tensor, beta: float) -> Tensor:
-    """q* (N, E), proportional to exp(-loss / beta): where one who knows the losses stops (MAML-stop, 4.1).
+    """q* (N, E), proportional to exp(-loss / beta): where one who knows the losses stops (MAML-stop).
 
     >>> oracle(torch.tensor([[0.0, 0.0]]), 0.1).tolist()
     [[0.5, 0.5]]
