@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -325,6 +326,41 @@ def test_refusals() -> None:
         with pytest.raises(WidthError, match=reason):
             slim_(model, (0.5, 1.0), example_inputs=X)
         assert classes == [type(module) for module in model.modules()]
+
+
+def test_tied_weights_heads_of_training_and_layers_that_are_not_called() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 5, 1)
+            self.a, self.b, self.aux = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 5, 1)
+            self.idle = nn.Conv2d(16, 5, 1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.b(self.a(self.stem(x)))
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    net = slim_(Tied().eval(), (0.5, 1.0), example_inputs=X)
+    narrow = net.narrow(0.5)
+    assert narrow.a.weight is narrow.b.weight and narrow.a.weight.shape == (8, 8, 1, 1)
+    assert narrow.a.bias is not narrow.b.bias
+    with net.at(0.5):
+        assert torch.equal(net(X), narrow(X))
+        assert all(torch.equal(a, b) for a, b in zip(net.train()(X), narrow.train()(X), strict=True))
+    assert net.notes == ("idle is not called",) and slimmed().notes == () and narrow.idle.weight.shape == (5, 16, 1, 1)
+
+
+def test_layers_that_run_again_in_backward_run_at_the_same_width() -> None:
+    net = slimmed()
+    grads = []
+    for again in (False, True):
+        net.zero_grad()
+        with net.at(0.5):
+            said = torch.utils.checkpoint.checkpoint(net, X, use_reentrant=False) if again else net(X)
+            said.square().sum().backward()
+        grads.append(net.backbone.mix.weight.grad)
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
 
 
 def test_public_name() -> None:

@@ -8,12 +8,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from offramp.graph.channels import ChannelPlan, Layer
-from offramp.nn._slim_layers import Fit, Own, Picks, Runs, cut
+from offramp.nn._slim_layers import Fit, Own, Picks, Runs, cut, store_key
 
-__all__ = ["NORMS", "Part", "fit_of", "own_of", "refusal"]
+__all__ = ["KINDS", "NORMS", "Part", "fit_of", "own_of", "refusal"]
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_KNOWN: dict[str, tuple[type[nn.Module], ...]] = {
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (_ConvNd,), "linear": (nn.Linear,), "norm": (*NORMS, nn.PReLU),
 }
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
@@ -31,7 +31,7 @@ def refusal(module: nn.Module, parts: Sequence[Part]) -> str:
     if "forward" in vars(module):
         return "has a forward of its own on the object, around which nobody can see"
     for layer in whole:
-        if not isinstance(module, _KNOWN[layer.kind]):
+        if not isinstance(module, KINDS[layer.kind]):
             return f"is none of torch's {layer.kind} layers, nor made from one"
         if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
             return f"normalises {len(module.normalized_shape)} dimensions at once"
@@ -86,7 +86,7 @@ def fit_of(module: nn.Module, parts: Sequence[Part], plan: ChannelPlan, width: f
                 attributes["normalized_shape"] = (kept,)
     picks = {name: true for name, one in picks.items() if (true := _narrowing(module, name, one))}
     attributes = {name: value for name, value in attributes.items() if getattr(module, name) != value}
-    return Fit(picks, attributes, private) if picks or attributes or private else None
+    return Fit(picks, attributes, store_key(width) if private else "") if picks or attributes or private else None
 
 
 def by_group(runs: Runs, channels: int, groups: int) -> tuple[tuple[int, ...], Runs]:

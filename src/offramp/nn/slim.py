@@ -13,7 +13,7 @@ from offramp.errors import WidthError
 from offramp.graph import trace
 from offramp.graph._guest import as_found, flat
 from offramp.graph.channels import ChannelPlan, channels
-from offramp.nn._slim_fits import Part, fit_of, own_of, refusal
+from offramp.nn._slim_fits import KINDS, Part, fit_of, own_of, refusal
 from offramp.nn._slim_layers import Fit, Gear, Rig, SlimLayer, plain_, rig_, store_key
 
 __all__ = ["Slimmable", "slim_", "slim_plan"]
@@ -24,8 +24,12 @@ class Slimmable(nn.Module):
 
     ``net(x)`` is the guest's own output at ``net.width``, whole where that is 1.0, bit for bit. The guest's layers stay
     the objects that they were, under the same ``state_dict`` keys behind ``backbone.``; norms have keys of their own
-    for each narrower width (``backbone.bn1.at_0:25.weight``).
+    for each narrower width (``backbone.bn1.at_0:25.weight``). Where layers run again in backward
+    (``torch.utils.checkpoint``), call it inside the same :meth:`at`.
     """
+
+    notes: tuple[str, ...] = ()
+    """Layers that the example does not call: they have their full width always."""
 
     def __init__(self, backbone: nn.Module, plan: ChannelPlan, example: Any) -> None:
         super().__init__()
@@ -86,9 +90,10 @@ class Slimmable(nn.Module):
         for path, fit in fits.items():
             layer = self.backbone.get_submodule(path)
             rig: Rig = vars(layer)["_offramp_rig"]
-            if fit is not None and fit.private:
-                source = layer if wider == 1.0 else layer.get_submodule(store_key(wider))
-                layer.add_module(store_key(width), own_of(layer, rig.fits.get(wider), source, fit))
+            if fit is not None and fit.store:
+                before = rig.fits.get(wider)
+                source = layer.get_submodule(before.store) if before is not None else layer
+                layer.add_module(fit.store, own_of(layer, before, source, fit))
             rig.fits[width] = fit
         self._gear.widths = tuple(sorted((*self.widths, width)))
         return self
@@ -173,6 +178,9 @@ def slim_(
         for width in sorted(wanted, reverse=True)[1:]:
             net.add_width_(width)
         _verify(net, before, args, kwargs)
+        kinds = tuple(kind for group in KINDS.values() for kind in group)
+        net.notes = tuple(f"{path} is not called" for path, layer in model.named_modules()
+                          if isinstance(layer, kinds) and not isinstance(layer, SlimLayer))
     except BaseException:
         _release(model, 1.0)
         assert found == {name: dict(module._modules) for name, module in model.named_modules()}
