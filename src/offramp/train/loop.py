@@ -1,6 +1,6 @@
 """One loop for every recipe: cached or live features, one process or many, resumable at any step.
 
-Axes: N samples, E trained columns.
+Axes: N samples, E trained columns: exits, or widths.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from offramp.errors import DataError, FileFormatError, OfframpError
 from offramp.train import checkpoint
 from offramp.train.augment import augmented
 from offramp.train.batches import Batch, Source, rng_kept, seed_all, source_of
-from offramp.train.features import Features, module_fingerprint
+from offramp.train.features import Features
 from offramp.train.history import EpochRecord, History, Log
 from offramp.train.parallel import shared_batch_norm
 from offramp.train.recipe import Recipe
@@ -30,10 +30,10 @@ from offramp.train.setup import (
     drop_features,
     lay_out,
     run_folder,
-    set_modes,
     show_progress,
 )
-from offramp.train.step import Exits, Pass, means, measure, trained
+from offramp.train.step import means
+from offramp.train.subject import ExitSubject, Subject, subject_of
 
 if TYPE_CHECKING:
     from offramp.nn.multiexit import MultiExit
@@ -44,7 +44,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def fit(
-    net: "MultiExit",
+    net: nn.Module,
     data: Any,
     recipe: Recipe,
     *,
@@ -60,13 +60,15 @@ def fit(
     checkpoint_every: int = 200,
     progress: bool = True,
 ) -> History:
-    """Train the exits of a network (and the network, if the recipe says so) in place.
+    """Train the exits of a network (and the network, if the recipe says so), or its widths, in place.
 
+    net: made by :func:`offramp.attach` for recipes of exits; for ``recipes.slim()`` by :func:`offramp.slim_`, or a
+        plain network, which is one of a single width.
     data: a dataset, or a loader of batches: a tensor, (inputs, labels), (inputs,), or a dict of arguments by name. For
         a recipe without labels, labels in there are dropped unread.
     run_dir: where features, ``checkpoint.safetensors`` and ``log.jsonl`` go; without it nothing is kept, nor resumed.
     precision: ``bf16`` runs the training passes in mixed precision; features and teacher are computed in fp32.
-    engine: ``compile`` hands the training pass to ``torch.compile``; it pays when training takes minutes.
+    engine: ``compile`` hands the training pass of exits to ``torch.compile``; it pays when training takes minutes.
     channels_last: layout of maps and of convolutions while training; None takes it on CPUs, where the network can.
     accumulate: batches of one optimiser step.
     resume: go on from the checkpoint in run_dir, at the step after it; the end is that of an unbroken run.
@@ -75,12 +77,13 @@ def fit(
 
     Under ``torchrun`` or ``accelerate launch`` every process calls it with the same data and takes its share of each
     batch; gradients and batch norms are those of the whole batch. Where labels ignore pixels, each share is averaged
-    on its own, and what is drawn at random (dropout, live augmentation) differs from one process's.
+    on its own, and what is drawn at random (dropout, live augmentation) differs from one process's. Widths are trained
+    in one process alone.
 
     DataError on empty or unusable data or a full disk; FileFormatError when the checkpoint is of another run;
     OfframpError when the loss is not a number, with the step, before any weight has taken harm from it.
     """
-    count = len(net.columns) - recipe.freeze
+    subject = subject_of(net, recipe)
     faults = [
         text for text, wrong in {
             f"accumulate >= 1, not {accumulate}": accumulate < 1,
@@ -88,9 +91,10 @@ def fit(
             f"cache_bytes >= 0, not {cache_bytes}": cache_bytes < 0,
             f"precision None or 'bf16', not {precision!r}": precision not in (None, "bf16"),
             f"engine 'eager' or 'compile', not {engine!r}": engine not in ("eager", "compile"),
-            f"{count} weights, not {recipe.weights}": recipe.weights is not None and len(recipe.weights) != count,
+            # torch.compile breaks the graph at every layer that looks up its width, and gives up after eight of them
+            "engine 'eager' for recipes.slim()": engine == "compile" and recipe.slim is not None,
         }.items() if wrong
-    ]
+    ] + subject.faults
     if faults:
         raise OfframpError("fit(): expected " + "; ".join(faults) + ".")
     labels = recipe.reads_labels
@@ -101,19 +105,18 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(rng_kept())
         stack.enter_context(as_found(net))
-        some = not recipe.freeze or recipe.dropout is not None or len(trained(net, recipe)) < count
-        accelerator = stack.enter_context(accelerated(device, precision, find_unused=some))
+        accelerator = stack.enter_context(accelerated(device, precision, find_unused=subject.partial))
         net.to(accelerator.device)
-        set_modes(net, recipe)
+        subject.set_modes()
         folder = run_folder(run_dir, stack, accelerator)
-        run = _Run(net, recipe, accelerator, run_dir=None if run_dir is None else folder, accumulate=accumulate,
+        run = _Run(subject, recipe, accelerator, run_dir=None if run_dir is None else folder, accumulate=accumulate,
                    engine=engine)
         run.identify(source)
         if resume and run.finished():
             return restore(net, folder)
-        run.channels_last = lay_out(net, channels_last, accelerator.device, run.notes)
-        if recipe.freeze:
-            source, checks = cached(net, source, checks, recipe, folder, cache_bytes, accelerator, run.notes)
+        run.channels_last = lay_out(net, channels_last, lambda: subject.example(source), accelerator.device, run.notes)
+        if isinstance(subject, ExitSubject) and recipe.freeze:
+            source, checks = cached(subject.net, source, checks, recipe, folder, cache_bytes, accelerator, run.notes)
         run.prepare(source)
         if resume:
             run.resume()
@@ -125,21 +128,21 @@ def fit(
         return history
 
 
-def restore(net: "MultiExit", run_dir: str | Path) -> History:
-    """Load what ``fit`` left in ``run_dir`` into a network that was attached the same way."""
+def restore(net: nn.Module, run_dir: str | Path) -> History:
+    """Load what ``fit`` left in ``run_dir`` into a network that was attached, or made slimmable, the same way."""
     path = Path(run_dir) / CHECKPOINT
     if not path.is_file():
         todo = "run fit(..., run_dir=...) first"
         raise DataError(expected=f"a {CHECKPOINT}", got="none", where=str(run_dir), todo=todo)
     tensors, state = checkpoint.load(path)
-    _load_module(net if state["whole"] else net.heads, tensors, path)
+    _load_module(net if state["whole"] else cast("MultiExit", net).heads, tensors, path)
     return History(columns=tuple(state["columns"]), epochs=tuple(EpochRecord(**e) for e in state["epochs"]),
                    notes=tuple(state["notes"]))
 
 
 @dataclass
 class _Run:
-    net: "MultiExit"
+    subject: Subject
     recipe: Recipe
     accelerator: Any
     run_dir: Path | None
@@ -152,11 +155,10 @@ class _Run:
 
     def identify(self, source: Source) -> None:
         """What must be the same for a checkpoint to be of this run."""
-        self.columns = [self.net.columns[c].name for c in trained(self.net, self.recipe)]
+        self.columns = self.subject.columns
         self.identity: dict[str, Any] = {
             "recipe": self.recipe.to_json(), "columns": self.columns, "samples": source.count,
-            "accumulate": self.accumulate,
-            "backbone": module_fingerprint(self.net.backbone) if self.recipe.freeze else "",
+            "accumulate": self.accumulate, "backbone": self.subject.fingerprint,
         }
 
     def finished(self) -> bool:
@@ -169,9 +171,10 @@ class _Run:
 
     def prepare(self, source: Source) -> None:
         recipe = self.recipe
-        self.owner: nn.Module = self.net.heads if recipe.freeze else self.net
-        exits = Exits(self.net, heads_alone=isinstance(source, Features), stride=recipe.loss_stride)
-        parameters = {n: p for n, p in self.owner.named_parameters() if p.requires_grad}
+        module = self.subject.module(source)
+        parameters = {n: p for n, p in self.subject.owner.named_parameters() if p.requires_grad}
+        if self.subject.extra is not None:
+            parameters |= {f"extra.{n}": p for n, p in self.subject.extra.named_parameters()}
         if not parameters:
             raise OfframpError(expected="something to train", got="no parameter that takes gradients", where="fit()")
         self.parameters = parameters
@@ -183,13 +186,13 @@ class _Run:
         else:
             optimiser = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
         # Batches come in two sizes, the last one of an epoch being smaller: two static graphs beat one dynamic.
-        whole = torch.compile(exits, dynamic=False) if self.engine == "compile" else exits
+        whole = torch.compile(module, dynamic=False) if self.engine == "compile" else module
         self.model, self.optimiser = self.accelerator.prepare(whole, optimiser)
         self.mean = {n: p.detach().clone() for n, p in parameters.items()} if recipe.ema else {}
         self.sums = torch.zeros(len(self.columns), 6, dtype=torch.float64)
         self.steps_an_epoch = source.steps(self.accumulate)
         self.steps = self.steps_an_epoch * recipe.epochs
-        self.forward_backward = Pass(self.net, recipe, exits, self.model, self.accelerator, self.steps)
+        self.forward_backward = self.subject.passes(module, self.model, self.accelerator, self.steps)
         self.identity |= {"steps": self.steps, "cached": isinstance(source, Features)}
 
     def resume(self) -> None:
@@ -203,7 +206,9 @@ class _Run:
                 expected="a checkpoint of this very run", got=f"one whose {', '.join(different)} differ",
                 where=str(path), todo="give another run_dir, or resume=False to overwrite it",
             )
-        _load_module(self.owner, tensors, path)
+        _load_module(self.subject.owner, tensors, path)
+        if self.subject.extra is not None:
+            _load_module(self.subject.extra, tensors, path, "extra.")
         checkpoint.restore_optimiser(self.optimiser.optimizer, tensors)
         for name in self.mean:
             self.mean[name].copy_(tensors[f"mean.{name}"])
@@ -216,7 +221,9 @@ class _Run:
         sums = self.accelerator.reduce(self.sums.clone().to(self.accelerator.device), "sum").cpu()
         if self.run_dir is None or not self.accelerator.is_main_process:
             return
-        tensors = {f"model.{n}": t for n, t in self.owner.state_dict().items()}
+        tensors = {f"model.{n}": t for n, t in self.subject.owner.state_dict().items()}
+        if self.subject.extra is not None:
+            tensors |= {f"extra.{n}": t for n, t in self.subject.extra.state_dict().items()}
         tensors |= checkpoint.optimiser_tensors(self.optimiser.optimizer)
         tensors |= {f"mean.{n}": t for n, t in self.mean.items()}
         state = {
@@ -242,10 +249,12 @@ class _Run:
                     if self.step % checkpoint_every == 0 and self.step % self.steps_an_epoch:
                         self.save()
                         saved = self.step
+                last = epoch == self.recipe.epochs - 1
+                if last and (note := self.subject.finish(source, self.accelerator.device)):
+                    self.notes.append(note)
                 self.epochs.append(self._record(epoch, lr, time.perf_counter() - started, checks, custom))
                 started = time.perf_counter()
                 log.add("epoch", asdict(self.epochs[-1]))
-                last = epoch == self.recipe.epochs - 1
                 if last:
                     for name, mean in self.mean.items():
                         self.parameters[name].data.copy_(mean)
@@ -304,18 +313,20 @@ class _Run:
         self.sums.zero_()
         validation: Mapping[str, Any] = {}
         if checks is not None or custom is not None:
-            with as_found(self.net):
-                self.net.eval()
-                validation = dict(custom(self.net)) if checks is None else measure(
-                    self.net, self.recipe, checks, self.accelerator.device)
+            net = self.subject.net
+            with as_found(net):
+                net.eval()
+                validation = dict(custom(net)) if checks is None else self.subject.measure(
+                    checks, self.accelerator.device)
         return EpochRecord(epoch=epoch, step=self.step, lr=lr, seconds=seconds, validation=validation,
                            **means(sums, self.columns))
 
 
-def _load_module(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    mine = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+def _load_module(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, prefix: str = "model.") -> None:
+    mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     try:
         module.load_state_dict(mine)
     except RuntimeError as error:
         raise FileFormatError(expected="weights of this network and these heads", got=str(error), where=str(path),
-                              todo="attach with the same exits and heads, or give another run_dir") from error
+                              todo="attach with the same exits and heads, or slim to the same widths, or give another "
+                              "run_dir") from error

@@ -2,17 +2,61 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from offramp.errors import OfframpError
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "SlimStep"]
 
 Augment = Callable[[Tensor], Tensor]
 AugmentPair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimStep:
+    """How a step trains all widths of a network, from the widest down: SlimSeg, Algorithm 1.
+
+    >>> SlimStep(teacher="next", tau=2.0)
+    Traceback (most recent call last):
+        ...
+    offramp.errors.OfframpError: SlimStep: expected teacher prev, largest, mean, larger or None, not 'next'; tau ...
+    """
+
+    teacher: Literal["prev", "largest", "mean", "larger"] | None = "prev"
+    """Whose softmax each narrower width learns: the next wider one's, the widest's, the mean of all wider ones', or
+    each of theirs with the mean of the losses; None: labels teach every width. The widest always learns from labels."""
+    boundary: str | None = None
+    """Dotted name of the module whose output, low-level features, a boundary head reads while training."""
+    boundary_weight: float = 0.0
+    """Of L_b, what that head loses; above 0 where there is a head, else 0."""
+    guided_weight: float = 0.0
+    """Of L_g, what is lost where the head sees a boundary; without a head, where the labels have one."""
+    tau: float = 0.7
+    """The head sees a boundary where it gives more than this probability."""
+    radius: float = 3
+    """How near a border pixels of the boundary are: see ``functional.boundary.boundary_labels``."""
+    ohem: bool = True
+    """Whether L_seg takes the hard pixels alone, where it is learnt from labels."""
+    sandwich: int | None = None
+    """US-Net's rule: a step trains the widest, the narrowest and so many others drawn at random, and in the end every
+    width's norms are estimated anew; None: a step trains all widths."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"teacher prev, largest, mean, larger or None, not {self.teacher!r}":
+                self.teacher in ("prev", "largest", "mean", "larger", None),
+            f"boundary_weight > 0 with a boundary and 0 without, not {self.boundary_weight} with {self.boundary!r}":
+                (self.boundary_weight > 0) if self.boundary else self.boundary_weight == 0,
+            f"guided_weight >= 0, not {self.guided_weight}": self.guided_weight >= 0,
+            f"tau in (0, 1), not {self.tau}": 0 < self.tau < 1,
+            f"radius >= 1, not {self.radius}": self.radius >= 1,
+            f"sandwich >= 0 or None, not {self.sandwich}": self.sandwich is None or self.sandwich >= 0,
+        }
+        if faults := [expected for expected, holds in checks.items() if not holds]:
+            raise OfframpError("SlimStep: expected " + "; ".join(faults) + ".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +120,8 @@ class Recipe:
     augment_pair: AugmentPair | None = None
     """Like ``augment``, for recipes that read labels: takes and gives (inputs, labels), which move together and may
     change their size. All views are drawn, the first one too, so that they have one size."""
+    slim: SlimStep | None = None
+    """For networks of several widths; None for networks with exits."""
     seed: int = 0
     """All that is random follows from it and the step's number alone, so that a resumed run repeats an unbroken one."""
 
@@ -112,6 +158,11 @@ class Recipe:
                 self.reads_labels or self.augment_pair is None,
             f"freeze=True for the {self.loss} loss, whose teacher is the frozen network":
                 self.freeze or self.loss == "labels",
+            "loss='labels', freeze=False and no weights, dropout, distill or views beside slim": self.slim is None or (
+                self.loss == "labels" and not self.freeze and self.weights is None and self.dropout is None
+                and self.distill == 0 and self.views == 1),
+            "no ema beside sandwich, whose norms would be those of other weights":
+                self.slim is None or self.slim.sandwich is None or self.ema is None,
         }
         if faults := [expected for expected, holds in checks.items() if not holds]:
             raise OfframpError("Recipe: expected " + "; ".join(faults) + ".")
@@ -178,4 +229,8 @@ class Recipe:
                 data[name] = f"{getattr(function, '__module__', '')}:{own}"
         if self.weights is not None:
             data["weights"] = list(self.weights)
+        if self.slim is None:
+            del data["slim"]  # checkpoints of recipes for exits are older than it
+        else:
+            data["slim"] = asdict(self.slim)
         return {"type": "Recipe", "version": 1, "data": data}

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.train.augment import scale_crop_flip
-from offramp.train.recipe import Augment, AugmentPair, Recipe
+from offramp.train.recipe import Augment, AugmentPair, Recipe, SlimStep
 
 __all__ = ["eenet", "exit_aware", "final_only", "flip", "flip_shift", "frozen", "joint", "kd", "label_free", "mess",
-           "scale_crop_flip", "self_distill"]
+           "scale_crop_flip", "self_distill", "slim"]
 
 
 def label_free(
@@ -128,6 +128,35 @@ def mess(*, alpha: float = 0.5, **how: Any) -> Recipe:
 def final_only(**how: Any) -> Recipe:
     """The network alone, from labels; early exits are neither trained nor computed. ``how``: see :func:`exit_aware`."""
     return replace(exit_aware(**how), dropout="all")
+
+
+def slim(
+    *, epochs: int, boundary: str | None = None, weights: tuple[float, float] | None = None,
+    distill: Literal["prev", "largest", "mean", "larger"] | None = "prev", tau: float = 0.7, radius: float = 3,
+    ohem: bool = True, sandwich: int | None = None, lr: float = 0.01, batch_size: int = 8, momentum: float = 0.9,
+    weight_decay: float = 5e-4, clip: float | None = None, augment_pair: AugmentPair | None = None,
+    loss_stride: int = 1, seed: int = 0,
+) -> Recipe:
+    """All widths of a :func:`offramp.slim_` network in one step, the widest from labels, each other from a wider one.
+
+    SlimSeg, Eqs. 1-5 and 4.2. ``boundary`` names the module of the low-level features (of a ResNet ``layer1``);
+    ``weights`` are those of L_b and L_g, (10, 1) where a boundary is named and (0, 0) where none is. Table 3 is the
+    four of (0, 0), ``boundary=..., weights=(10, 0)``, (0, 1) and (10, 1), with and without ``distill=None``; Table 4
+    is ``distill``, where ``mean`` and ``larger`` are the same gradient, soft cross-entropy being linear in the teacher.
+    A plain network is trained as a slimmable one of one width: ``fit(net.narrow(0.5), data, slim(...))`` is the
+    paper's independent one.
+
+    The paper leaves open what hard examples are (ours: ``functional.losses.ohem_cross_entropy``, for L_seg from
+    labels), and whether pixels without a label are taught (ours are not). Our momentum is Nesterov's, and biases and
+    norms do not decay. ``sandwich`` is US-Net's rule (arXiv:1903.05134) over the network's own widths.
+    """
+    if weights is None:
+        weights = (10.0, 1.0) if boundary else (0.0, 0.0)
+    step = SlimStep(teacher=distill, boundary=boundary, boundary_weight=weights[0], guided_weight=weights[1], tau=tau,
+                    radius=radius, ohem=ohem, sandwich=sandwich)
+    made = joint(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, warmup=0.0, clip=clip,
+                 augment_pair=augment_pair, loss_stride=loss_stride, seed=seed)
+    return replace(made, momentum=momentum, slim=step)
 
 
 def flip(images: Tensor) -> Tensor:

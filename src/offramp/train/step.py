@@ -5,7 +5,7 @@ Axes: N samples, E trained columns, K classes.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from offramp.train.recipe import Recipe
 if TYPE_CHECKING:
     from offramp.nn.multiexit import MultiExit
 
-__all__ = ["Exits", "Pass", "means", "measure", "trained"]
+__all__ = ["Exits", "Goal", "Pass", "means", "measure", "said_of", "trained"]
 
 LOOKED_AT = 8
 """Columns whose answers are compared with labels and teacher in a step, in turn: of hundreds, that would cost as much
@@ -66,6 +66,17 @@ class Exits(nn.Module):
             state = stage(state)
             said += [self.head(column, state.tensors) for column in net.columns_at(k) if column in columns]
         return [*said, net.logits(net.stages[-1](state))]
+
+
+class Goal(Protocol):
+    """What an answer is compared with."""
+
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def own(self) -> Tensor:
+        """The classes that the network itself names."""
+        ...
 
 
 class _Goal:
@@ -121,7 +132,7 @@ class Pass:
         def weigh(column: int, logits: Tensor, goal: _Goal) -> Tensor:
             logits = goal.resized(logits)
             loss = goal.loss(logits)
-            sums[place[column]] = _said(logits, loss, goal, rows, look=(step + column) % every == 0)
+            sums[place[column]] = said_of(logits, loss, goal, rows, look=(step + column) % every == 0)
             loss = loss * self.weights[column]
             if distill and column != self.final:
                 loss = loss + distill * kl_to_teacher(logits, goal.teacher, self.recipe.temperature)
@@ -148,7 +159,7 @@ class Pass:
         return whole
 
 
-def _said(logits: Tensor, loss: Tensor, goal: _Goal, rows: int, look: bool) -> Tensor:
+def said_of(logits: Tensor, loss: Tensor, goal: Goal, rows: int, look: bool) -> Tensor:
     """(6,): loss, agreement and accuracy of one column, each times the samples it was measured on, and these."""
     with torch.no_grad():
         made = torch.zeros(6, dtype=torch.float64, device=loss.device)
@@ -195,7 +206,7 @@ def measure(net: "MultiExit", recipe: Recipe, source: Source, device: torch.devi
                 said = teacher if c == len(exits.sites) else exits.head(c, frontiers[exits.sites[c]])
                 said = fine.resized(said)
                 loss = kl_to_teacher(coarse.resized(said), coarse.teacher)
-                sums[k] += _said(said, loss, fine, len(batch), look=True)
+                sums[k] += said_of(said, loss, fine, len(batch), look=True)
                 if dense and fine.labels is not None:
                     matrices[k] += confusion(said.argmax(1), fine.labels, net.num_classes).sum(0)
     found = means(sums.cpu(), names)
