@@ -1,0 +1,97 @@
+"""Networks and trainings behind ``slimseg.py``: every run is resumable and lies under ``--work``.
+
+The paper's rows are 100,000 steps of crops of 768x768 on two GPUs, from ImageNet weights. Here all rows start from
+nothing and see as many steps as two cores have time for; both sides of a comparison the same number.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import offramp  # noqa: E402
+from offramp.data import camvid, load_data  # noqa: E402
+from offramp.data.base import Prepare  # noqa: E402
+from offramp.functional.metrics import mean_iou  # noqa: E402
+from offramp.models import load_model  # noqa: E402
+from offramp.nn.slim import Slimmable  # noqa: E402
+from offramp.table import ExitTable  # noqa: E402
+from offramp.train.augment import scale_crop_flip  # noqa: E402
+
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+LOSSES = {"seg": (0.0, 0.0), "seg + b": (10.0, 0.0), "seg + g": (0.0, 1.0), "seg + b + g": (10.0, 1.0)}
+"""Table 3's rows: weights of the boundary's loss and of the guided one."""
+
+
+def size_of(args: argparse.Namespace) -> tuple[int, int]:
+    high, wide = args.size.split("x")
+    return int(high), int(wide)
+
+
+def splits(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(to train on, to judge on)."""
+    if args.on == "camvid":
+        rows = camvid(args.data / "camvid", prepare=Prepare(size=size_of(args)))
+        train, held = rows.split("train"), torch.utils.data.ConcatDataset([rows.split("calibration"),
+                                                                           rows.split("test")])
+    else:
+        train = load_data(f"scenes?n={args.scenes}&size={args.size}&seed=0").split("train")
+        held = load_data(f"scenes?n=300&size={args.size}&seed=99").split("train")
+    if args.quick:
+        train, held = torch.utils.data.Subset(train, range(16)), torch.utils.data.Subset(held, range(8))
+    return train, held
+
+
+def fresh(args: argparse.Namespace, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return load_model(f"offramp:{args.network}?num_classes=11")
+
+
+def slimmed(args: argparse.Namespace, seed: int) -> Slimmable:
+    example = torch.randn(2, 3, *size_of(args), generator=torch.Generator().manual_seed(0))
+    return offramp.slim_(fresh(args, seed), WIDTHS, example_inputs=example)
+
+
+def recipe(args: argparse.Namespace, net: nn.Module, seed: int, **how: Any) -> offramp.Recipe:
+    """The paper's 4.2, but for the size of crops and the number of steps."""
+    high, wide = size_of(args)
+    crop = (high * 3 // 4 // 8 * 8, wide * 3 // 4 // 8 * 8)
+    return offramp.recipes.slim(
+        epochs=args.epochs, boundary=net.low_level, lr=args.lr, batch_size=8, seed=seed,
+        augment_pair=scale_crop_flip(crop=crop), **how)
+
+
+def trained(args: argparse.Namespace, name: str, net: nn.Module, how: offramp.Recipe) -> dict[float, float]:
+    """mIoU in % at each width, of a run that is made or found."""
+    folder = args.work / f"{args.on}-{args.network}-{args.size}-{args.epochs}" / name
+    train, held = splits(args)
+    if not (folder / "table" / "table.json").is_file():
+        offramp.fit(net, train, how, run_dir=folder, device=args.device, checkpoint_every=50, progress=args.progress)
+        slim = net if isinstance(net, Slimmable) else offramp.attach(
+            net, torch.randn(2, 3, *size_of(args)), exits=0)
+        offramp.record(slim, torch.utils.data.DataLoader(held, batch_size=8), split="held", device=args.device,
+                       latency=False, confidences=("top",)).save(folder / "table")
+    table = ExitTable.load(folder / "table")
+    assert table.confusion is not None
+    reached = mean_iou(table.confusion.sum(0))
+    return {column.width: 100 * float(value) for column, value in zip(table.columns, reached, strict=True)}
+
+
+def slimmable(args: argparse.Namespace, seed: int, losses: str = "seg + b + g", teacher: str | None = "prev"
+              ) -> dict[float, float]:
+    """All widths together (Algorithm 1)."""
+    net = slimmed(args, seed)
+    how = recipe(args, net.backbone, seed, weights=LOSSES[losses], distill=teacher)
+    return trained(args, f"slim-{losses.replace(' ', '')}-{teacher}-seed{seed}", net, how)
+
+
+def independent(args: argparse.Namespace, seed: int, width: float) -> float:
+    """One width alone, by the same losses, from labels."""
+    net = slimmed(args, seed)
+    made = net.narrow(width)
+    how = recipe(args, net.backbone, seed, weights=LOSSES["seg + b + g"], distill=None)
+    return trained(args, f"alone-{width:g}-seed{seed}", made, how)[1.0]
