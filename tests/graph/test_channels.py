@@ -68,7 +68,7 @@ def test_halves_of_interleaved_halves() -> None:
     axes = Axes()
     half = axes.parts(axes.new(56), 2)
     (quarter,) = axes.parts(tuple(Segment(s.space, 2) for s in half), 2)
-    assert (axes.size(quarter.space), quarter.unit) == (14, 2)
+    assert (axes.size(quarter.space), quarter.unit, axes.why(quarter.space)) == (14, 2, "")
     assert axes.resolve(half) == (Segment(quarter.space), Segment(quarter.space))
 
 
