@@ -55,6 +55,7 @@ def test_widths_add_up_in_one_parameter() -> None:
         with net.at(width):
             loss_of(net(X)).backward()
         apart.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    assert all(one["backbone.mix.weight"].any() for one in apart)
     net.zero_grad()
     for width in net.widths:
         with net.at(width):
@@ -107,7 +108,8 @@ def test_recalibrated_statistics_are_the_mean_over_batches() -> None:
     apart = half(small())
     # the first norm's input, by hand: what the batches have on average
     maps = [nn.functional.conv2d(x, apart["stem.weight"], stride=2, padding=1) for x in batches]
-    net.train()
+    with net.train().at(0.5):
+        net(X)  # statistics that are to be forgotten
     net.backbone.bn2.eval()
     flags, state = [module.training for module in net.modules()], torch.get_rng_state()
     weights = {name: held.clone() for name, held in net.named_parameters()}
