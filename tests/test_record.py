@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import offramp
 from offramp.errors import DataError, OfframpError
+from offramp.functional.boundary import boundary_distance
 from offramp.functional.confidence import top
 from offramp.functional.edges import semantic_edges, smooth_edges
 from offramp.functional.summaries import histogram
@@ -106,6 +107,27 @@ def test_dense_matrices_against_brute_force() -> None:
             assert (table.histograms["top"][n, e] - torch.bincount(bins, minlength=1024)).abs().sum() <= 2
     assert torch.allclose(table.probs, said.softmax(2).mean((3, 4)), atol=1e-6) and table.class_names == tuple("abcd")
     assert offramp.record(net, [x], latency=False).confusion is None
+
+
+def test_wrong_pixels_by_their_distance_to_the_border() -> None:
+    net, x = segmenter(), images(5, 16)
+    labels = (images(5, 16)[:, 0] > 0.5).long()
+    labels[:, :3] = 255
+    table = offramp.record(net, batches(x, 2, labels), latency=False)
+    with torch.no_grad():
+        said = torch.stack(net.eval()(x), dim=1).argmax(2)
+    apart = boundary_distance(labels)
+    for d in range(31):
+        there = ((apart > d) & (apart <= d + 1)) if d < 30 else apart > 30
+        assert torch.equal(table.boundary_pixels[:, d], there.sum((1, 2)).int())
+        wrong = (said != labels[:, None]) & there[:, None]
+        assert torch.equal(table.boundary_errors[:, :, d], wrong.sum((2, 3)).int())
+    wrong = table.confusion.sum((2, 3)) - table.confusion.diagonal(dim1=2, dim2=3).sum(2)
+    assert torch.equal(table.boundary_errors.sum(2), wrong) and wrong.min() > 0
+    assert torch.equal(table.boundary_pixels.sum(1)[:, None].expand(5, 3), table.confusion.sum((2, 3)))
+    for bare in (offramp.record(net, [x], latency=False),
+                 offramp.record(net, batches(x, 2, labels), latency=False, boundary_errors=False)):
+        assert bare.boundary_errors is None and bare.boundary_pixels is None
 
 
 def test_histograms_of_edges_are_as_thick_as_the_exits_stride() -> None:

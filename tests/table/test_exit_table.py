@@ -18,7 +18,8 @@ def same(one: ExitTable, other: ExitTable) -> None:
     """Raises where two tables differ in anything."""
     for name in ("task", "columns", "costs", "split", "class_names", "meta", "fingerprints"):
         assert getattr(one, name) == getattr(other, name), name
-    for name in ("labels", "logits", "confusion", "agreement_confusion", "probs", "agreement"):
+    for name in ("labels", "logits", "confusion", "agreement_confusion", "probs", "agreement",
+                 "boundary_pixels", "boundary_errors"):
         left, right = getattr(one, name), getattr(other, name)
         assert (left is None) == (right is None), name
         assert left is None or (torch.equal(left, right) and left.dtype == right.dtype), name
@@ -26,10 +27,17 @@ def same(one: ExitTable, other: ExitTable) -> None:
     assert all(torch.equal(counts, other.histograms[name]) for name, counts in one.histograms.items())
 
 
+def far(samples: int, **more: Any) -> ExitTable:
+    """As recorded with labels: pixels and errors by their distance to the border."""
+    pixels = torch.randint(5, 9, (samples, 31), dtype=torch.int32)
+    return dense(samples, 2, boundary_pixels=pixels, boundary_errors=pixels[:, None] - torch.arange(3)[:, None], **more)
+
+
 TABLES = {
     "classify": lambda **more: classify(12, 2, 3, meta={"note": "ü"}, class_names=("a", "b", "c"), **more),
     "classify without labels": lambda **more: classify(12, 2, 3, labels=False, **more),
     "dense": lambda **more: dense(5, 2, **more),
+    "dense with distances": lambda **more: far(5, **more),
     "dense without labels": lambda **more: dense(5, 2, labels=False, **more),
 }
 
@@ -41,7 +49,7 @@ def test_saved_is_loaded(kind: str, where: str, tmp_path: Path) -> None:
     page = table.save(tmp_path / where)
     same(ExitTable.load(tmp_path / where), table)
     same(ExitTable.load(page), table)
-    assert json.loads(page.read_text())["version"] == 3
+    assert json.loads(page.read_text())["version"] == 4
     assert not [path for path in page.parent.iterdir() if path.name.startswith(".")]
 
 
@@ -72,7 +80,7 @@ def edit(**changes: Any) -> Any:
     (lambda page, payload: page.write_text(page.read_text()[:100]), "undamaged"),
     (lambda page, payload: page.write_bytes(b"\x80\x04\x95"), "undamaged"),
     (lambda page, payload: page.unlink(), "nothing at"),
-    (edit(version=4), "later one"), (edit(version="x"), "undamaged"), (edit(format="other"), "format"),
+    (edit(version=5), "later one"), (edit(version="x"), "undamaged"), (edit(format="other"), "format"),
     (edit(samples=99), "99 promised"), (edit(columns=[]), "columns"), (edit(task="pose"), "task"),
     (edit(tensors={"file": "../x", "sha256": ""}), "does not name"), (edit(costs={}), "macs"),
     (edit(fingerprints={}), "fingerprint"), (edit(fingerprints=None), "whole table"),
@@ -196,6 +204,28 @@ def test_a_table_without_strides_is_still_read(tmp_path: Path) -> None:
         del column["stride"]
     page.write_text(json.dumps({**record, "version": 1}))
     assert [column.stride for column in ExitTable.load(tmp_path).columns] == [1, 1, 1]
+
+
+def test_distances_to_the_border_are_cut_with_their_rows_and_columns(tmp_path: Path) -> None:
+    table = far(6)
+    assert table.boundary_errors is not None and table.boundary_pixels is not None
+    same(ExitTable.concat([table.slice(slice(0, 2)), table.slice(slice(2, None))]), table)
+    some = table.select(["block1"]).slice([4, 1])
+    assert some.boundary_errors is not None and some.boundary_pixels is not None
+    assert torch.equal(some.boundary_errors, table.boundary_errors[[4, 1]][:, [1, 2]])
+    assert torch.equal(some.boundary_pixels, table.boundary_pixels[[4, 1]])
+    rows = [part.boundary_errors for part in table.split_rows({"fit": 0.5, "hold": 0.5}).values()]
+    assert sum(one.sum() for one in rows if one is not None) == table.boundary_errors.sum()
+    page = dense(6, 2).save(tmp_path)  # as they were written before there were any
+    page.write_text(page.read_text().replace('"version": 4', '"version": 3'))
+    assert ExitTable.load(tmp_path).boundary_errors is None
+    for broken, told in (({"boundary_pixels": None}, "without the other"),
+                         ({"boundary_pixels": table.boundary_pixels[:, :9]}, "boundary_errors of shape"),
+                         ({"boundary_errors": table.boundary_errors[:, :2]}, "boundary_errors of shape")):
+        with pytest.raises(OfframpError, match=told):
+            replace(table, **broken)
+    with pytest.raises(OfframpError, match="in one alone"):
+        ExitTable.concat([table, dense(6, 2, seed=1)])
 
 
 def test_select_keeps_the_backbone_and_the_order() -> None:

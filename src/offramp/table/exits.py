@@ -1,6 +1,6 @@
 """ExitTable: what every exit said about every sample, and what each exit costs.
 
-Axes: N samples, E exits (columns; the last is the backbone itself), K classes, B = 1024 bins.
+Axes: N samples, E exits (columns; the last is the backbone itself), K classes, B = 1024 bins, D distances.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +19,17 @@ from offramp.types import CONFIDENCES, EDGED, HISTOGRAM_BINS, Evidence, ExitColu
 
 __all__ = ["ExitTable"]
 
-_FORMAT, _VERSION = "offramp.table", 3  # 2: strides of columns, some histograms, agreement or not; 3: widths
+_FORMAT, _VERSION = "offramp.table", 4
+# 2: strides of columns, some histograms, agreement or not; 3: widths; 4: distances to borders
 _MARKS = ("model", "data", "split")
 _TENSORS = {  # name -> axes
     "labels": "N", "logits": "NEK", "confusion": "NEKK", "agreement_confusion": "NEKK", "probs": "NEK",
-    "agreement": "NEE",
+    "agreement": "NEE", "boundary_pixels": "ND", "boundary_errors": "NED",
 }
 _DTYPES = {
     "labels": torch.int64, "logits": torch.float32, "confusion": torch.int32, "agreement_confusion": torch.int32,
-    "probs": torch.float32, "agreement": torch.float32,
+    "probs": torch.float32, "agreement": torch.float32, "boundary_pixels": torch.int32,
+    "boundary_errors": torch.int32,
 }
 
 
@@ -57,6 +59,11 @@ class ExitTable:
     """Dense: mean pixel probabilities (N, E, K) float32."""
     agreement: Tensor | None = None
     """Dense, where recorded: share of pixels where exits e and i name the same class (N, E, E) float32."""
+    boundary_pixels: Tensor | None = None
+    """Dense with labels, where recorded: pixels d to d + 1 from the nearest semantic border (N, D) int32, d excluded;
+    the last: all beyond. ``functional.distances`` counts them."""
+    boundary_errors: Tensor | None = None
+    """Those of them that are wrong (N, E, D) int32."""
     class_names: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else a reader should know, as JSON."""
@@ -254,8 +261,8 @@ class ExitTable:
         if self.task not in ("classify", "dense"):
             return [f"task {self.task!r}"]
         needed = ("logits",) if self.task == "classify" else ("agreement_confusion", "probs")
-        foreign = ("confusion", "agreement_confusion", "probs", "agreement") if self.task == "classify" \
-            else ("labels", "logits")
+        classified = ("labels", "logits")
+        foreign = [name for name in _TENSORS if name not in classified] if self.task == "classify" else classified
         faults += [f"no {name}" for name in needed if getattr(self, name) is None]
         faults += [f"{name} in a table of task {self.task!r}" for name in foreign if getattr(self, name) is not None]
         if faults:
@@ -267,7 +274,8 @@ class ExitTable:
         assert main is not None
         if main.ndim != 3:
             return [*faults, f"{needed[0]} of shape {tuple(main.shape)}, not (N, E, K)"]
-        sizes = {"N": main.shape[0], "E": len(self.columns), "K": main.shape[2], "B": HISTOGRAM_BINS}
+        sizes = {"N": main.shape[0], "E": len(self.columns), "K": main.shape[2], "B": HISTOGRAM_BINS,
+                 "D": 0 if self.boundary_pixels is None else self.boundary_pixels.shape[-1]}
         axes = {name: axes for name, axes in _TENSORS.items() if getattr(self, name) is not None}
         shapes = [(name, getattr(self, name).shape, letters) for name, letters in axes.items()]
         shapes += [(f"histograms[{name!r}]", counts.shape, "NEB") for name, counts in self.histograms.items()]
@@ -275,6 +283,8 @@ class ExitTable:
             wanted = tuple(sizes[letter] for letter in letters)
             if tuple(shape) != wanted:
                 faults.append(f"{name} of shape {tuple(shape)}, not ({', '.join(letters)}) = {wanted}")
+        if sum(one is not None for one in (self.boundary_pixels, self.boundary_errors)) == 1:
+            faults.append("one of boundary_pixels and boundary_errors without the other")
         if len(self.costs.macs) != sizes["E"]:
             faults.append(f"costs of {len(self.costs.macs)} columns, not {sizes['E']}")
         if (self.costs.widths or (1.0,) * len(self.columns)) != tuple(column.width for column in self.columns):
