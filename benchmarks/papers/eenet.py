@@ -39,6 +39,7 @@ from offramp.table import ExitTable  # noqa: E402
 
 GAINS = {1.34: 0.06, 1.56: 1.00, 1.88: 5.00}
 """Speed gain -> points that EENet loses there (Table 1)."""
+HELD_BACK = 1.005
 ORDER = ("EENet", "MSDNet", "BranchyNet", "PABEE")
 METHODS = {
     "EENet": EENet(), "MSDNet": Geometric(), "BranchyNet": Geometric(confidence="entropy"), "PABEE": Pabee(),
@@ -53,7 +54,7 @@ ALL = (*TIGHT, "0.65x", "0.7x", "0.75x", "0.8x", "0.9x")
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path, default=Path("../shared/data"))
-    options.add_argument("--work", type=Path, default=Path("runs/eenet"), help="weights, logs and tables")
+    options.add_argument("--work", type=Path, default=Path("runs/eenet2"), help="weights, logs and tables")
     options.add_argument("--part", choices=sorted(PARTS), action="append", help="several may be given; all by default")
     options.add_argument("--splits", type=int, default=10, help="halvings of the table that an order is averaged over")
     options.add_argument("--draws", type=int, default=1000, help="resamplings for the guarantee")
@@ -94,22 +95,36 @@ def _lost(table: ExitTable, budget_ms: float) -> float:
 
 
 def gains(args: argparse.Namespace, sheet: Sheet) -> None:
-    """Table 1's speed gains, in measured milliseconds: heads and policies counted, against the untouched network."""
-    base = tables(args, "frozen", 0)[1]
-    right = float((base.logits[:, -1].argmax(-1) == base.labels).double().mean())
+    """Table 1's speed gains, in measured milliseconds: heads and policies counted, against the untouched network.
+
+    Means over the halvings; the exits were chosen on the calibration half of the first. Half a percent of the time is
+    held back, lest what is realised on test be over the budget.
+    """
     for variant in VARIANTS:
-        fit, test = tables(args, variant, 0)
-        whole = fit.costs.at(batch=1).dense_p50_ms
-        found = offramp.compare(test, {"EENet": EENet(), "ours": Stopping()}, [whole / gain for gain in GAINS], fit=fit,
-                                unit="latency_ms", limits=False)
-        for name, share in (("EENet", 1.0), ("ours", 0.5)):
-            for gain, row in zip(GAINS, sorted(found.of(name), key=lambda one: -(one.budget or 0)), strict=True):
-                about = f"{variant}, {name} at {gain}x"
-                sheet.add(f"{about}: points lost to the untouched network", 100 * (right - row.quality), unit="points",
-                          bar=f"<= {share * GAINS[gain]:g}", paper=GAINS[gain])
-                sheet.add(f"{about}: speed gain on test, by the table", whole / row.realised, unit="x",
-                          bar=f">= {gain}")
-        on_the_clock(args, sheet, variant, fit, whole)
+        lost: dict[tuple[str, float], list[float]] = {}
+        speed: dict[tuple[str, float], list[float]] = {}
+        for halving in range(args.splits):
+            fit, test = tables(args, variant, 0, halving)
+            base = tables(args, "frozen", 0, halving)[1]
+            right = float((base.logits[:, -1].argmax(-1) == base.labels).double().mean())
+            whole = fit.costs.at(batch=1).dense_p50_ms
+            found = offramp.compare(test, {"EENet": EENet(), "ours": Stopping()},
+                                    [whole / gain / HELD_BACK for gain in GAINS], fit=fit, unit="latency_ms", limits=False, repeats=2)
+            for name in ("EENet", "ours"):
+                for gain, row in zip(GAINS, sorted(found.of(name), key=lambda one: -(one.budget or 0)), strict=True):
+                    lost.setdefault((name, gain), []).append(100 * (right - row.quality))
+                    speed.setdefault((name, gain), []).append(whole / row.realised)
+        for (name, gain), points in lost.items():
+            share, error = 1.0 if name == "EENet" else 0.5, ""
+            if len(points) > 1:
+                error = f" (sd {statistics.stdev(points):.2f})"
+            about = f"{variant}, {name} at {gain}x, mean of {len(points)} halvings"
+            sheet.add(f"{about}: points lost to the untouched network{error}", statistics.mean(points), unit="points",
+                      bar=f"<= {share * GAINS[gain]:g}", paper=GAINS[gain])
+            sheet.add(f"{about}: speed gain on test, by the table", statistics.mean(speed[name, gain]), unit="x",
+                      bar=f">= {gain}")
+        fit, _ = tables(args, variant, 0)
+        on_the_clock(args, sheet, variant, fit, fit.costs.at(batch=1).dense_p50_ms)
 
 
 def on_the_clock(args: argparse.Namespace, sheet: Sheet, variant: str, fit: ExitTable, whole: float) -> None:
@@ -118,7 +133,7 @@ def on_the_clock(args: argparse.Namespace, sheet: Sheet, variant: str, fit: Exit
     rows = held(args)
     images = torch.stack([rows[i][0] for i in range(0, len(rows), 35)])
     for gain in GAINS:
-        plan = offramp.schedule(fit, Stopping(), budget=whole / gain, unit="latency_ms")
+        plan = offramp.schedule(fit, Stopping(), budget=whole / gain / HELD_BACK, unit="latency_ms")
         took = bench(net.deploy(plan), net, images, batch=1, repeats=3 if args.quick else 15, budget_s=60)
         sheet.add(f"{variant}, ours at {gain}x: the same on the clock, batch 1", took.time_ratio, unit="x",
                   bar=f">= {gain}")

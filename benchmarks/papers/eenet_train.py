@@ -103,7 +103,7 @@ def recorded(args: argparse.Namespace, variant: str, seed: int) -> ExitTable:
     return ExitTable.load(folder)
 
 
-def tables(args: argparse.Namespace, variant: str, seed: int) -> tuple[ExitTable, ExitTable]:
+def tables(args: argparse.Namespace, variant: str, seed: int, halving: int = 0) -> tuple[ExitTable, ExitTable]:
     """(to fit on, to report on): disjoint halves of the 7,000; times at batch 1 want a quiet machine."""
     folder = args.work / f"{variant}-seed{seed}-times"
     if not (folder / "table.json").is_file():
@@ -111,7 +111,7 @@ def tables(args: argparse.Namespace, variant: str, seed: int) -> tuple[ExitTable
         offramp.record(adapted(args, variant, seed), torch.utils.data.DataLoader(few, batch_size=256), split="few",
                        device=args.device).save(folder)
     timed = replace(recorded(args, variant, seed), costs=ExitTable.load(folder).costs)
-    halves = timed.split_rows({"calibration": 0.5, "test": 0.5}, seed=0)
+    halves = timed.split_rows({"calibration": 0.5, "test": 0.5}, seed=halving)
     return halves["calibration"], halves["test"]
 
 
