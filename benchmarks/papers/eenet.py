@@ -109,7 +109,8 @@ def gains(args: argparse.Namespace, sheet: Sheet) -> None:
             right = float((base.logits[:, -1].argmax(-1) == base.labels).double().mean())
             whole = fit.costs.at(batch=1).dense_p50_ms
             found = offramp.compare(test, {"EENet": EENet(), "ours": Stopping()},
-                                    [whole / gain / HELD_BACK for gain in GAINS], fit=fit, unit="latency_ms", limits=False, repeats=2)
+                                    [whole / gain / HELD_BACK for gain in GAINS], fit=fit, unit="latency_ms",
+                                    limits=False, repeats=2)
             for name in ("EENet", "ours"):
                 for gain, row in zip(GAINS, sorted(found.of(name), key=lambda one: -(one.budget or 0)), strict=True):
                     lost.setdefault((name, gain), []).append(100 * (right - row.quality))

@@ -75,6 +75,7 @@ def test_the_rest_say_why_and_are_left_as_found(name: str) -> None:
     with pytest.raises(WidthError, match=REFUSED[name]) as caught:
         slim_(model, (0.5, 1.0), example_inputs=animal.inputs(2))
     assert "where=" in str(caught.value) and ".py:" in str(caught.value)
+    assert "slim.py" not in str(caught.value)  # the line told is the network's
     assert state_of(model) == before
 
 

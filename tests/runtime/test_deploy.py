@@ -14,7 +14,7 @@ from offramp.functional.summaries import summarise
 from offramp.runtime._evidence import gather_for
 from offramp.runtime._legs import Leg
 from offramp.types import Evidence
-from runtime.nets import EXITS, NEVER, Always, ByLogit, classifier, images, plan, segmenter
+from runtime.nets import EXITS, NEVER, Always, ByLogit, Guest, classifier, images, plan, segmenter
 
 SOME = ByLogit(0, 1)
 
@@ -101,6 +101,34 @@ def test_auto_shrinks_only_where_the_clock_says_that_it_pays() -> None:
     dear = type(known[1])(start_ms=1.0, row_ms=0.0, copy_ms=1.0)
     assert not dear.pays(32, 1), "a stage that takes as long for one row as for all"
     assert type(known[1])(start_ms=0.0, row_ms=1.0, copy_ms=0.01).pays(32, 31)
+
+
+class Choosy(Guest):
+    """Takes another way for wide inputs, and another one under autocast."""
+
+    def forward(self, x: Tensor) -> Any:
+        if x.shape[-1] > 12:
+            x = x[..., ::2] * 3
+        return super().forward(-x if torch.is_autocast_enabled("cpu") else x)
+
+
+def test_layers_are_found_in_one_step_and_programs_by_the_kind_of_input() -> None:
+    torch.manual_seed(0)
+    net = offramp.attach(Choosy(), images(2), exits=EXITS, heads=offramp.HeadSpec()).eval()
+    fast = net.deploy(plan(NEVER))
+    for leg in fast.legs:
+        run: Any = leg.stage._for(leg.stage.traced.program).run
+        targets = [str(node.target) for node in run.graph.nodes if node.op == "call_module"]
+        assert targets and not any("." in target for target in targets)
+    assert fast.begin(images(2)).program is fast.begin(images(2) + 1).program
+    wide = torch.cat([images(2), images(2) - 1], -1)
+    for x in (images(2), images(5), wide, images(2), wide):
+        assert torch.equal(fast(x), net.backbone(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(images(2)), net.backbone(images(2)))
+    assert torch.equal(fast(images(2)), net.backbone(images(2)))
+    net, fast = net.double(), fast.to(torch.float64)
+    assert torch.equal(fast(images(3).double()), net.backbone(images(3).double()))
 
 
 def test_the_stream_gives_every_row_once_and_leaves_the_callers_mode_alone() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,9 @@ __all__ = [
 CONTAINERS = (
     nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
 )
-_PLUMBING = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(__file__).parents[1] / "cost"))
+_PLUMBING = tuple(  # folders: torchvision's path begins as torch's does
+    str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parent,
+                                        Path(__file__).parents[1] / "cost"))
 
 SIZES = {"size", "numel", "nelement", "__len__"}
 DATA_READS = {
