@@ -1,5 +1,9 @@
 """Tables of an imagined network whose exits grow surer and more often right with depth."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from offramp.table import Costs, ExitTable, Latency
@@ -71,3 +75,22 @@ def columns() -> tuple[ExitColumn, ...]:
 
 def marks(split: str, seed: int) -> dict[str, str]:
     return {"model": "m0", "data": "d0", "split": f"{split}:{seed}"}
+
+
+def wide(make: Callable[..., ExitTable], n: int = 40, **more: Any) -> ExitTable:
+    """The same at two widths: an exit and an end each; dense ones with labels know how far errors lie from borders."""
+    table = make(n, **more)
+    names = ("layer1.2@0.5", "final@0.5", "layer1.2", "final")
+    each = tuple(ExitColumn(name=name, site=name, width=0.5 if "@" in name else 1.0) for name in names)
+    paid = replace(table.costs, widths=tuple(one.width for one in each),
+                   macs=tuple(1_000_000 * one for one in (10, 20, 80, 160)), head_macs=(300_000, 0, 1_000_000, 0))
+    if table.confusion is None:
+        return replace(table, columns=each, costs=paid)
+    draw = torch.Generator().manual_seed(7)
+    wrong = table.confusion.sum((2, 3)) - table.confusion.diagonal(dim1=2, dim2=3).sum(2)
+    share = torch.stack([torch.rand(n, 31, generator=draw) ** 4 for _ in names], dim=1)
+    errors = (share / share.sum(2, keepdim=True) * wrong[..., None]).floor().int()
+    errors[..., 30] += (wrong - errors.sum(2)).int()
+    pixels = errors.amax(1)
+    pixels[:, 0] += (400 - pixels.sum(1)).int()
+    return replace(table, columns=each, costs=paid, boundary_errors=errors, boundary_pixels=pixels)

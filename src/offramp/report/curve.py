@@ -35,6 +35,8 @@ class Point:
     """Dense: IoU of each class, NaN where it is in neither labels nor answers."""
     latency_ms: float | None = None
     """A sample, from the table, at the batch that the plan was searched for; None where none was measured."""
+    width: float = 1.0
+    """Of a static network that one width of the network gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Curve:
     chosen: Point
     backbone: Point
     cut: tuple[Point, ...]
-    """Static networks that the exits give: the backbone cut at one exit, for every sample alike."""
+    """Static networks that the exits and widths give: cut at one exit, or a narrower end, for every sample alike."""
     static: tuple[Point, ...] = ()
     """Other static networks, measured elsewhere on the same split."""
 
@@ -76,7 +78,7 @@ def curve(
     batch = mine.latency_batch
     clocks = [None if batch is None else float(test.costs.path([e], "latency_ms", batch=batch)[0]) for e in range(last)]
     cut = tuple(
-        Point(name=name, macs=float(test.costs.path([e])[0]), latency_ms=clocks[e],
+        Point(name=name, macs=float(test.costs.path([e])[0]), latency_ms=clocks[e], width=test.columns[e].width,
               quality=quality.mean(np.full(len(test), e)),
               classes=quality.classes(np.full(len(test), e)))
         for e, name in enumerate(test.names[:-1])

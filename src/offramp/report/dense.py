@@ -1,21 +1,35 @@
 """What only dense reports show: classes by cost goal, who was answered where, and each exit's masks. K classes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from offramp.functional.distances import count_by_distance, distance_bins
+from offramp.report.borders import NEAR
 from offramp.report.curve import Curve, Point
 from offramp.report.draw import legend
-from offramp.report.pictures import DenseExample, Palette, colours, confidence_png, image_png, label_png, picture
+from offramp.report.measures import is_end
+from offramp.report.pictures import (
+    DenseExample,
+    Palette,
+    colours,
+    confidence_png,
+    difference_png,
+    image_png,
+    label_png,
+    picture,
+)
 from offramp.report.pictures import legend as class_legend
 from offramp.report.svg import macs, percent
 
 if TYPE_CHECKING:
     from offramp.report.page import Report
 
-__all__ = ["class_table", "gallery", "goals", "masks"]
+__all__ = ["class_table", "differences", "gallery", "goals", "masks"]
 
 _GOALS = (1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 
@@ -108,3 +122,42 @@ def masks(report: "Report", examples: Sequence[DenseExample], palette: Palette =
         flat = "".join(figure for row in rows for figure in row)
         parts.append(f'<div class="maps" style="grid-template-columns:{columns}">{flat}</div>')
     return "".join(parts)
+
+
+def differences(report: "Report", examples: Sequence[DenseExample], palette: Palette = ()) -> str:
+    """Where each narrower width says another class than the full one: SlimSeg's Fig. 2. Empty where there is one width.
+
+    Coloured by the labels where there are some, and then of labelled pixels alone; else by what the full width says.
+    """
+    painted, parts = colours(report.test.num_classes, palette), []
+    for one in examples:
+        ends = _ends(report, one)
+        if len(ends) < 2:
+            continue
+        whole = ends[1.0]
+        told = whole if one.label is None else one.label
+        figures = [(image_png(one.image, 320), one.name), (label_png(whole, painted, 320), "width 1")]
+        if one.label is not None:
+            figures.insert(1, (label_png(one.label, painted, 320), "labels"))
+        for width in sorted(ends, reverse=True)[1:]:
+            apart, every = (ends[width] != whole).cpu(), whole.numel()
+            near = None
+            if one.label is not None:
+                bins = distance_bins(one.label[None].cpu(), report.test.num_classes)
+                every, near = int(count_by_distance(bins).sum()), count_by_distance(bins, apart[None])[0]
+            count = int(apart.sum() if near is None else near.sum())
+            words = f"width {width:g}: {percent(count / max(every, 1))} of pixels differ"
+            if near is not None and count:
+                words += f", {percent(float(near[:NEAR].sum()) / count, 0)} of them within {NEAR} px of a border"
+            figures.append((difference_png(apart, told, painted), words))
+        parts.append(f'<div class="maps" style="grid-template-columns:repeat({len(figures)}, minmax(9rem, 1fr))">'
+                     + "".join(f'<figure><img alt="" src="{source}"><figcaption>{escape(words)}</figcaption></figure>'
+                               for source, words in figures) + "</div>")
+    return legend(class_legend(report.test.class_names, painted)) + "".join(parts) if parts else ""
+
+
+def _ends(report: "Report", one: DenseExample) -> Mapping[float, Tensor]:
+    """As given, or as far as the plan's own exits are such ends."""
+    columns = [report.test.columns[c] for c in report.realised.columns]
+    return one.ends or {column.width: one.predictions[e] for e, column in enumerate(columns)
+                        if is_end(column.name)}

@@ -3,13 +3,19 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from offramp.choose.replay import Replay
 from offramp.report.curve import Curve
-from offramp.report.measures import Categories, HitRate, Reliability
-from offramp.report.svg import Chart, bars, macs, percent
+from offramp.report.measures import Categories, HitRate, Reliability, is_end
+from offramp.report.svg import Chart, bars, macs, percent, ticks
 
-__all__ = ["draw_categories", "draw_curve", "draw_hit_rate", "draw_reliability", "draw_shares", "legend"]
+__all__ = [
+    "draw_categories", "draw_curve", "draw_distances", "draw_hit_rate", "draw_reliability", "draw_shares", "legend",
+    "style_of_line",
+]
+
+_HUES = ("blue", "green", "violet", "red", "grey")
 
 
 def legend(items: Sequence[tuple[str, str]]) -> str:
@@ -33,8 +39,14 @@ def draw_curve(curve: Curve) -> str:
         title=f"{curve.quality} against cost",
     )
     chart.rule(y=curve.backbone.quality)
-    static = sorted([*curve.cut, *curve.static, curve.backbone], key=lambda one: one.macs)
-    chart.line([one.macs for one in static], [one.quality for one in static], "grey dashed")
+    widths = sorted({one.width for one in (*curve.cut, curve.backbone)})
+    for width in widths:
+        static = [one for one in (*curve.cut, curve.backbone) if one.width == width]
+        static = sorted(static + ([] if len(widths) > 1 else [*curve.static]), key=lambda one: one.macs)
+        chart.line([one.macs for one in static], [one.quality for one in static], "grey dashed")
+    ends = [one for one in (*curve.cut, curve.backbone) if one is curve.backbone or is_end(one.name)]
+    if len(ends) > 1:
+        chart.line([one.macs for one in ends], [one.quality for one in ends], "grey")
     plans = curve.plans
     xs = [one.macs for one in plans]
     chart.band(xs, [one.low for one in plans], [one.high for one in plans], "blue")
@@ -43,7 +55,10 @@ def draw_curve(curve: Curve) -> str:
         chart.dot(one.macs, one.quality, "blue",
                   f"tolerance {one.name} points: {percent(one.quality, 2)} at {macs(one.macs)} MACs", 3)
     for one in curve.cut:
-        chart.dot(one.macs, one.quality, "hollow", f"static, cut at {one.name}: {percent(one.quality, 2)}", 4.5)
+        words = f"width {one.width:g}, whole" if is_end(one.name) else f"cut at {one.name}"
+        chart.dot(one.macs, one.quality, "hollow", f"static, {words}: {percent(one.quality, 2)}", 4.5)
+        if is_end(one.name):
+            chart.text(one.macs, one.quality, f"width {one.width:g}", dx=9, dy=13, style="note soft")
     for one in curve.static:
         chart.dot(one.macs, one.quality, "green", f"{one.name}: {percent(one.quality, 2)} at {macs(one.macs)} MACs", 5)
         chart.text(one.macs, one.quality, one.name, dx=9, dy=4, style="note soft")
@@ -53,7 +68,9 @@ def draw_curve(curve: Curve) -> str:
     chart.dot(mine.macs, mine.quality, "ringed", f"this plan: {percent(mine.quality, 2)} at {macs(mine.macs)} MACs", 7)
     chart.text(mine.macs, mine.quality, "this plan", dx=-12, dy=-8, anchor="end")
     items = [("plans at rising tolerance, with 95 % bootstrap interval", "var(--blue)"), ("this plan", "var(--orange)"),
-             ("untouched network", "var(--ink)"), ("static: the network cut at one exit", "var(--grey)")]
+             ("untouched network", "var(--ink)"),
+             ("static: the network cut at one exit" if len(widths) == 1 else
+              "static: one width, whole or cut at one exit", "var(--grey)")]
     if curve.static:
         items.append(("static: other networks", "var(--green)"))
     return str(chart) + legend(items)
@@ -73,6 +90,34 @@ def draw_shares(runs: Sequence[tuple[str, Replay]]) -> str:
             for title, one in runs]
     items = [(name if k < last else "to the end", f"var(--{style_of(k, last)})") for k, name in enumerate(names)]
     return bars(rows) + legend(items)
+
+
+def style_of_line(k: int, name: str) -> str:
+    """Colour class of the k-th of several lines: the backbone and the plan always wear their own."""
+    if name in ("final", "this plan"):
+        return {"final": "ink", "this plan": "orange"}[name]
+    return _HUES[k % len(_HUES)] + (" dashed" if k >= len(_HUES) else "")
+
+
+def draw_distances(title: str, lines: Sequence[tuple[Any, str]], styles: Sequence[str]) -> str:
+    """Shares against the distance to the nearest border, a step a pixel; the last step, all beyond, is not drawn."""
+    drawn = [([float(one) for one in shares[:-1]], name) for shares, name in lines]
+    values = [value for shares, _ in drawn for value in shares if math.isfinite(value)] or [0.0]
+    low, high = min(0.0, *values), max(0.0, *values) or 0.01
+    span = (low - 0.05 * (high - low) if low < 0 else 0.0, 1.05 * high)
+    marks = [100 * value for value in ticks(*span)]
+    digits = next((k for k in range(4) if all(abs(round(one, k) - one) < 1e-6 for one in marks)), 4)
+    chart = Chart((1, len(drawn[0][0])), span, width=300, height=250, x_ticks=6, title=title,
+                  x_label="pixels from the nearest border", y_format=lambda v: percent(v, digits))
+    if low < 0:
+        chart.rule(y=0)
+    for (shares, name), style in zip(drawn, styles, strict=True):
+        steps = [float(k + 1) for k in range(len(shares))]
+        chart.line(steps, shares, style)
+        for x, y in zip(steps, shares, strict=True):
+            if math.isfinite(y):
+                chart.dot(x, y, style.split()[0], f"{name}, {x - 1:g} to {x:g} px: {percent(y, digits + 1)}", 2)
+    return f'<div class="card"><h3>{escape(title)}</h3>{chart}</div>'
 
 
 def draw_reliability(one: Reliability, dense: bool) -> str:

@@ -19,8 +19,8 @@ from offramp.table import ExitTable
 from offramp.types import Plan
 
 __all__ = [
-    "Categories", "HitRate", "Quality", "Reliability", "categories", "hit_rates", "quality_of", "reliability",
-    "scores_of",
+    "Categories", "HitRate", "Quality", "Reliability", "categories", "hit_rates", "is_end", "quality_of", "reliability",
+    "scores_of", "widths_of",
 ]
 
 Floats = NDArray[np.float64]
@@ -81,6 +81,20 @@ def quality_of(table: ExitTable) -> Quality:
     truth = said[:, -1] if table.labels is None else table.labels
     name = "agreement" if table.labels is None else "accuracy"
     return Quality(name, (said == truth[:, None]).double().numpy()[..., None])
+
+
+def widths_of(table: ExitTable) -> tuple[float, ...]:
+    """The widths that its columns have, the narrowest first."""
+    return tuple(sorted({column.width for column in table.columns}))
+
+
+def is_end(name: str) -> bool:
+    """Whether a column is the end of the network, at whichever width.
+
+    >>> is_end("final"), is_end("final@0.5"), is_end("layer1@0.5")
+    (True, True, False)
+    """
+    return name.partition("@")[0] == "final"
 
 
 def scores_of(table: ExitTable, plan: Plan) -> Floats:

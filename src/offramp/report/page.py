@@ -14,8 +14,9 @@ from offramp.choose.calibrate import calibrate
 from offramp.choose.replay import Replay, replay
 from offramp.errors import OfframpError
 from offramp.policies.thresholds import Thresholds
+from offramp.report.borders import Distances, distances, wrong_pixels
 from offramp.report.curve import TOLERANCES, Curve, Point, curve, static_at
-from offramp.report.dense import class_table, gallery
+from offramp.report.dense import class_table, differences, gallery
 from offramp.report.draw import draw_categories, draw_curve, draw_hit_rate, draw_reliability, draw_shares
 from offramp.report.measures import (
     Categories,
@@ -26,6 +27,7 @@ from offramp.report.measures import (
     quality_of,
     reliability,
     scores_of,
+    widths_of,
 )
 from offramp.report.pictures import DenseExample
 from offramp.report.sections import about, costs, headline, maps, samples, section, speaking
@@ -62,6 +64,8 @@ class Report:
     """(N, exits)"""
     warnings: tuple[str, ...]
     bench: Mapping[str, Any] = field(default_factory=dict)
+    distances: tuple[Distances, ...] = ()
+    """Dense, where recorded: wrong pixels by their distance to the nearest border."""
     about: Mapping[str, str] = field(default_factory=dict)
     """What is what, for the last section: model, data, command ..."""
 
@@ -110,7 +114,8 @@ def gather(
         drop_interval=(-high, -low), scores=scores, warnings=tuple(warnings), bench=bench or {}, about=about or {},
         curve=curve(fitted_on, test, plan, tolerances=tolerances, static=static, temperatures=asked),
         reliability=reliability(test, temperatures), hit_rates=hit_rates(test, plan),
-        categories=categories(test, plan, left), first=tuple(int(i) for i in first[:samples]),
+        categories=categories(test, plan, left), distances=distances(test, plan, realised.column_of),
+        first=tuple(int(i) for i in first[:samples]),
         last=tuple(int(i) for i in late[:samples]),
     )
 
@@ -123,8 +128,12 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
     parts.append(section(
         "Accuracy against cost",
         f"Each blue point is a plan searched on <b>{escape(report.fitted.table.split)}</b> at one tolerance and obeyed "
-        f"on <b>{escape(report.test.split)}</b>; exits, heads and thresholds are chosen anew for each. The dashed grey "
-        "line joins static networks, which treat every sample alike; a coin that picks one gives any point on it.",
+        f"on <b>{escape(report.test.split)}</b>; exits, heads and thresholds are chosen anew for each. "
+        + ("Grey are static networks, which treat every sample alike: a full line through the ends of the widths, a "
+           "dashed one through each width's exits; a coin that picks one of two gives any point between them."
+           if len(widths_of(report.test)) > 1 else
+           "The dashed grey line joins static networks, which treat every sample alike; a coin that picks one gives "
+           "any point on it."),
         f'<div class="card">{draw_curve(report.curve)}</div>'))
     parts.append(section(
         "Who leaves where", "Share of the samples that each exit answered.",
@@ -164,10 +173,24 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
             + (": an image counts as better or worse when its share of right pixels moves by more than a tenth of a "
                "point." if is_dense else "."),
             f'<div class="card">{draw_categories(report.categories, is_dense)}</div>'))
+    if report.distances:
+        parts.append(section(
+            "How far from a border",
+            "Wrong pixels by their distance to the nearest pixel of another class in the labels: of the ends of all "
+            "widths, of this plan's exits, and of the plan itself; then what each step mends of the one before. "
+            "Below zero, a step adds errors there.", wrong_pixels(report)))
     if is_dense and dataset is not None and plan.setting == "input_dependent":
         parts.append(section("Which exit each image took", "Images spread over the split, by the exit that answered.",
                              gallery(report, dataset)))
-    parts += [samples(report, dataset), maps(report, dense, getattr(dataset, "palette", ())), about(report)]
+    palette = getattr(dataset, "palette", ())
+    apart = differences(report, dense, palette)
+    if apart:
+        parts.append(section(
+            "Width against width",
+            "Where a narrower width says another class than the full one: black where they agree"
+            + (" or nothing is labelled, else the colour of the label." if dense[0].label is not None else
+               ", else the colour of what the full width says."), apart))
+    parts += [samples(report, dataset), maps(report, dense, palette), about(report)]
     body = "\n".join(part for part in parts if part)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (

@@ -3,8 +3,8 @@
 import base64
 import colorsys
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 
-__all__ = ["DenseExample", "colours", "confidence_png", "image_png", "label_png", "legend", "picture", "to_uint8"]
+__all__ = [
+    "DenseExample", "colours", "confidence_png", "difference_png", "image_png", "label_png", "legend", "picture",
+    "to_uint8",
+]
 
 Bytes = NDArray[np.uint8]
 Palette = Sequence[tuple[int, int, int]]
@@ -38,12 +41,17 @@ class DenseExample:
     """The exit that answered, an index into E."""
     smoothed: Tensor | None = None
     """``confidences`` with edges smoothed (MESS, Eqs. 8-9), (E, H, W)."""
+    ends: Mapping[float, Tensor] = field(default_factory=dict)
+    """Of a network of several widths: what each says in the end, (H, W) int64, 1.0 among them."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.predictions.shape)
         if shape != tuple(self.confidences.shape) or not 0 <= self.left_at < shape[0]:
             raise OfframpError(expected=f"confidences {shape} and left_at below {shape[0]}", where="DenseExample",
                                got=f"{tuple(self.confidences.shape)} and {self.left_at}")
+        if self.ends and (1.0 not in self.ends or any(tuple(one.shape) != shape[1:] for one in self.ends.values())):
+            raise OfframpError(expected=f"ends {shape[1:]}, that of width 1.0 among them", where="DenseExample",
+                               got=str({width: tuple(one.shape) for width, one in self.ends.items()}))
 
 
 def colours(count: int, palette: Palette = ()) -> Bytes:
@@ -92,6 +100,14 @@ def label_png(labels: Tensor, painted: Bytes, width: int = 192) -> str:
     palette = np.concatenate([painted, np.array([[128, 128, 128]], np.uint8)])
     index = labels.cpu().numpy()
     return _uri(palette[np.where((index >= 0) & (index < classes), index, classes)], width, nearest=True)
+
+
+def difference_png(apart: Tensor, told: Tensor, painted: Bytes, width: int = 320) -> str:
+    """Where two label maps are ``apart`` the colour of what ``told`` says, else and where that is void black (SlimSeg,
+    Fig. 2)."""
+    classes, index = len(painted), told.cpu().numpy()
+    shown = apart.cpu().numpy() & (index >= 0) & (index < classes)
+    return _uri(np.where(shown[..., None], painted[np.where(shown, index, 0)], np.uint8(0)), width, nearest=True)
 
 
 def confidence_png(confidence: Tensor, width: int = 192) -> str:

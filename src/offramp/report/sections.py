@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, cast
 
 from offramp.report.dense import masks
+from offramp.report.measures import widths_of
 from offramp.report.pictures import DenseExample, Palette, image_png, picture
 from offramp.report.svg import macs, percent
 
@@ -85,6 +86,7 @@ def costs(report: "Report") -> str:
             + '</th><th class="n">untouched network</th></tr>'
             + "".join(f'<tr><td>{escape(a)}</td><td class="n">{b}</td><td class="n">{c}</td><td class="n">{d}</td></tr>'
                       for a, b, c, d in lines) + "</table></div>")
+    body += _chain(report)
     rows = report.bench.get("rows", ())
     if rows:
         batches = list(dict.fromkeys(row["batch"] for row in rows))
@@ -107,6 +109,25 @@ def costs(report: "Report") -> str:
             body += f'<p class="say">{escape(str(report.bench["note"]))}</p>'
     say = "What the search promised on its own split, and what came true on another."
     return section("Planned and realised", say, body)
+
+
+def _chain(report: "Report") -> str:
+    """Of a plan that goes from width to width: what each exit costs there and alone."""
+    done, taken = report.realised, report.test
+    if report.plan.setting == "budgeted" or len({taken.columns[c].width for c in done.columns}) < 2:
+        return ""
+    way = taken.costs.path(done.columns)
+    lines = ""
+    for k, (c, share) in enumerate(zip(done.columns, done.shares, strict=True)):
+        alone = float(taken.costs.path([c])[0])
+        lines += (f'<tr><td>{escape(done.names[k])}</td><td class="n">{taken.columns[c].width:g}</td>'
+                  f'<td class="n">{percent(share)}</td><td class="n">{macs(alone)}</td>'
+                  f'<td class="n">{macs(float(way[k]))}</td><td class="n">{macs(float(way[k]) - alone)}</td></tr>')
+    head = "".join(f'<th class="n">{words}</th>' for words in (
+        "width", "of the samples", "MACs, asked alone", "MACs in this plan", "of them for exits that passed it on"))
+    return ('<h3>From width to width</h3><p class="say">A wider network starts again from the picture: what a narrower '
+            "one did for a sample that it did not answer is paid, and used no more.</p>"
+            f'<div class="scroll"><table><tr><th>answered at</th>{head}</tr>{lines}</table></div>')
 
 
 def _quality(one: Any) -> str:
@@ -183,7 +204,10 @@ def maps(report: "Report", examples: Sequence[DenseExample], palette: Palette = 
 def about(report: "Report") -> str:
     """Splits, fingerprints, the plan, and the command line."""
     planned, real, plan = report.fitted.table, report.test, report.plan
+    widths = widths_of(real)
     rows = [("exits", ", ".join(plan.exits) or "none"), ("setting", plan.setting.replace("_", "-")),
+            *([("widths", f"{', '.join(f'{one:g}' for one in widths)}; the untouched network is the full one")]
+              if len(widths) > 1 else []),
             ("asked of the search", ", ".join(f"{k} = {v}" for k, v in plan.asked.items() if v is not None)),
             ("policy fitted on", f"{plan.split} ({len(planned)} samples), {plan.fingerprints.get('split', '')}"),
             ("reported on", f"{real.split} ({len(real)} samples), {real.fingerprints['split']}"),
