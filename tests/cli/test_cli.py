@@ -20,20 +20,22 @@ from offramp.types import Plan
 
 DATA = "scenes?n=8&size=32x48&task=classify"
 FLAGS = {
-    "sites": {"--data", "--shape", "--within"},
+    "sites": {"--data", "--shape", "--within", "--widths", "--keep"},
     "train": {"--data", "--out", "--exits", "--heads", "--recipe", "--epochs", "--lr", "--seed", "--train-split",
-              "--within", "--device", "--precision", "--again"},
+              "--within", "--widths", "--keep", "--boundary", "--device", "--precision", "--again"},
     "record": {"--split", "--batches", "--batch-size", "--confidences", "--device", "--again"},
     "search": {"--max-drop", "--minimise", "--tolerance", "--confidence", "--max-exits", "--against",
                "--latency-batch", "--setting", "--min-miou", "--max-macs", "--max-latency-ms", "--max-bytes",
                "--time-limit", "--front", "--by", "--budget", "--guarantee"},
     "adapt": {"--data", "--out", "--max-drop", "--exits", "--heads", "--recipe", "--epochs", "--lr", "--seed",
-              "--train-split", "--within", "--minimise", "--tolerance", "--confidence", "--max-exits", "--against",
-              "--latency-batch", "--batches", "--batch-size", "--confidences", "--device", "--precision", "--again"},
+              "--train-split", "--within", "--widths", "--keep", "--boundary", "--minimise", "--tolerance",
+              "--confidence", "--max-exits", "--against", "--latency-batch", "--batches", "--batch-size",
+              "--confidences", "--device", "--precision", "--again"},
     "compare": {"--by", "--budgets", "--unit", "--latency-batch"},
     "run": {"--model", "--out", "--batch-size", "--engine", "--device", "--deadline-ms", "--overlays"},
     "bench": {"--batches", "--repeats", "--engine", "--dtype", "--budget", "--device"},
     "report": {"--out", "--split", "--static"},
+    "narrow": {"--width", "--out"},
     "demo": {"--out", "--seed", "--quick", "--again"},
 }
 

@@ -46,7 +46,7 @@ def test_the_first_stage_trains_all_and_the_second_goes_on_from_its_network(firs
 
 
 def test_every_recipe_is_on_the_command_line_and_says_what_it_needs(first: Path) -> None:
-    assert set(RECIPES) == set(recipes.__all__) - {"flip", "flip_shift", "scale_crop_flip", "slim"}
+    assert set(RECIPES) == set(recipes.__all__) - {"flip", "flip_shift", "scale_crop_flip"}
     words = call("train", "--help").stdout
     assert all(name in words for name in RECIPES)
     out = first / "x"

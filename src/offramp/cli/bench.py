@@ -15,6 +15,8 @@ from offramp.cost.latency import Timing, describe_machine, measure
 from offramp.graph import begin, split
 from offramp.nn.guest import evaluating
 from offramp.nn.multiexit import MultiExit
+from offramp.nn.slim import Slimmable
+from offramp.nn.widths import narrow_exits
 from offramp.runtime import Adaptive, deploy
 from offramp.table import write_atomic
 
@@ -25,17 +27,24 @@ BUSY = "The machine was busy: threads waited for a core in many samples, and the
 
 
 class CutAt(nn.Module):
-    """A smaller static network: the backbone up to one exit, and that exit's head, for every sample."""
+    """A smaller static network for every sample: the backbone, of one width, up to an exit with its head or the end."""
 
-    def __init__(self, net: MultiExit, column: str) -> None:
+    def __init__(self, net: MultiExit | Slimmable, column: str) -> None:
         super().__init__()
-        site = next(one.site for one in net.columns if one.name == column)
-        self.stage, self.head, self._traced = split(net.traced, [site])[0], net.head(column), net.traced
+        if isinstance(net, Slimmable):
+            column, _, width = column.partition("@")
+            net = narrow_exits(net, float(width or 1))
+        self._traced = net.traced
+        self.head: nn.Module | None = None
+        if column == "final":  # of a narrower network
+            self.stage = split(net.traced, [])[0]
+        else:
+            site = next(one.site for one in net.columns if one.name == column)
+            self.stage, self.head = split(net.traced, [site])[0], net.head(column)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        after = self.stage(begin(self._traced, *args, **kwargs))
-        logits: Tensor = self.head(*after.tensors)
-        return logits
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        after: Any = self.stage(begin(self._traced, *args, **kwargs))
+        return after if self.head is None else self.head(*after.tensors)
 
 
 def bench_run(
@@ -53,7 +62,8 @@ def bench_run(
              else table.costs.price(columns, setting=plan.setting))
     prices = {name: float(table.costs.path([e])[0]) for e, name in enumerate(table.names[:-1])}
     nearest = min(prices, key=lambda name: abs(prices[name] - spent))
-    networks: dict[str, Callable[[Tensor], Any]] = {"untouched": net.backbone, mine: fast}
+    untouched = net.backbone if isinstance(net, MultiExit) else narrow_exits(net, 1.0).backbone
+    networks: dict[str, Callable[[Tensor], Any]] = {"untouched": untouched, mine: fast}
     if plan.setting == "anytime":
         networks[mine] = _until(fast, len(plan.exits))
         networks |= {f"anytime: first {name}": _until(fast, k) for k, name in enumerate(plan.exits)}
@@ -62,7 +72,8 @@ def bench_run(
         networks[f"static: cut at {nearest}"] = CutAt(net, nearest)
         spent_by["static"] = prices[nearest]
     data, rows, quiet_machine = run.source.split("test", labels=False), [], True
-    with evaluating(net, net.backbone):
+    static = [network for network in networks.values() if isinstance(network, nn.Module)]
+    with evaluating(net, *static):
         for batch in batches:
             if not quiet:
                 note(f"timing {len(networks)} networks at batch {batch}")

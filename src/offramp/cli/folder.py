@@ -1,13 +1,15 @@
 """The run folder: what one verb leaves and the next one reads.
 
     run.json                the manifest: network, data, exits, recipe, and the commands that made it
-    heads.safetensors       the trained exits (network.safetensors: all of it, where the recipe trained all of it, and
-                            backbone.safetensors: the network alone, for MODEL?weights= of a second training)
+    heads.safetensors       the trained exits (network.safetensors: all of it, where the recipe trained all of it, of
+                            several widths those of all; and backbone.safetensors: the network alone, at full width, for
+                            MODEL?weights= of a second training)
     train/                  checkpoint and log, to go on after a stop
     tables/SPLIT.json       what every exit said on a split, with its safetensors beside it
     plan.json, bench.json, report.html
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.choose.plan import load_plan
+from offramp.cli.widths import packed, slimmed
 from offramp.data import Source, load_data
 from offramp.errors import FileFormatError, OfframpError
 from offramp.models import load_model
@@ -27,6 +30,8 @@ from offramp.nn.attach import attach
 from offramp.nn.guest import fingerprint_of
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.shortcut import spec_from_json
+from offramp.nn.slim import Slimmable
+from offramp.nn.widths import exits_of
 from offramp.table import ExitTable, write_atomic
 from offramp.table.files import read_json
 from offramp.types import Plan
@@ -51,6 +56,10 @@ class Manifest:
     shape: list[int] = field(default_factory=list)
     """Of one input, (C, H, W)."""
     within: str | None = None
+    widths: list[float] = field(default_factory=list)
+    """Rising, 1.0 the last; none of a network that is not slimmable."""
+    keep: list[str] = field(default_factory=list)
+    """How the names of layers begin that stay at full width."""
     recipe: dict[str, Any] = field(default_factory=dict)
     backbone: str = ""
     """Fingerprint of the untouched network."""
@@ -108,22 +117,28 @@ class Run:
             )
         return model
 
-    def attach(self, exits: Any = None, heads: Any = None) -> MultiExit:
-        """The network with untrained exits: those of the manifest, or new ones."""
+    def attach(self, exits: Any = None, heads: Any = None) -> MultiExit | Slimmable:
+        """The network with untrained exits, those of the manifest or new ones; slimmable where it has widths."""
         made, restored = self.manifest, exits is None
         if restored:
             exits = made.exits
             heads = {site: {name: spec_from_json(spec) for name, spec in each.items()}
                      for site, each in made.heads.items()}
-        guest, inputs = self.backbone, example(made.shape)
+        # what is made slimmable is a copy: the network that the run was made with is asked for again
+        guest, inputs = copy.deepcopy(self.backbone) if made.widths else self.backbone, example(made.shape)
         torch.manual_seed(0)  # initial heads are part of what a seed promises
         net = attach(guest, inputs, exits=exits, heads=heads, within=made.within, keep_costly=restored)
         net.notes = tuple(made.notes) if restored else net.notes
-        return net
+        return slimmed(net, made.widths, made.keep) if made.widths else net
+
+    @property
+    def exits(self) -> MultiExit:
+        """The network with its trained exits, of several widths at the one that is set."""
+        return exits_of(self.net)
 
     @cached_property
-    def net(self) -> MultiExit:
-        """The network with its trained exits."""
+    def net(self) -> MultiExit | Slimmable:
+        """The network with its trained exits, at all its widths."""
         if not self.manifest.trained:
             raise OfframpError(expected="trained exits", got="none yet", where=str(self.path),
                                todo="run offramp train again with the same arguments; it goes on where it stopped.")
@@ -132,21 +147,24 @@ class Run:
         path = self.path / ("network.safetensors" if whole else "heads.safetensors")
         tensors = read_tensors(path)
         try:
-            (net if whole else net.heads).load_state_dict(tensors)
+            (net if whole else exits_of(net).heads).load_state_dict(tensors)
         except RuntimeError as error:
             raise FileFormatError(expected="the heads of this run", got=f"others: {str(error).splitlines()[0]}",
                                   where=str(path), todo="train again with --again.") from error
         return net.eval()
 
-    def keep(self, net: MultiExit) -> None:
-        """Save trained exits."""
+    def keep(self, net: MultiExit | Slimmable) -> None:
+        """Save trained exits, and the network where it was trained too."""
         whole = self.manifest.whole
-        tensors = {k: v.detach().cpu().contiguous() for k, v in (net if whole else net.heads).state_dict().items()}
-        write_atomic(self.path / ("network.safetensors" if whole else "heads.safetensors"),
-                     safetensors.torch.save(tensors))
+        trained = (net if whole else exits_of(net).heads).state_dict()
+        write_atomic(self.path / ("network.safetensors" if whole else "heads.safetensors"), packed(trained))
         if whole:
-            alone = {k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}
-            write_atomic(self.path / "backbone.safetensors", safetensors.torch.save(alone))
+            alone = self.backbone.state_dict()
+            if isinstance(net, Slimmable):  # made of a copy; tensors of other widths have other names
+                prefix = f"{self.manifest.within}." if self.manifest.within else ""
+                own = {f"{prefix}{name}": t for name, t in exits_of(net).backbone.state_dict().items()}
+                alone = {name: own.get(name, tensor) for name, tensor in alone.items()}
+            write_atomic(self.path / "backbone.safetensors", packed(alone))
 
     def table(self, split: str) -> ExitTable:
         """What was recorded on a split; OfframpError when nothing was."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from offramp.cli.folder import Run, example, probe
@@ -13,7 +14,9 @@ from offramp.cost import macs
 from offramp.functional.edges import semantic_edges, smooth_edges
 from offramp.functional.metrics import accuracy, confusion, mean_iou
 from offramp.models import load_model
+from offramp.nn.boundary import running_at
 from offramp.nn.guest import evaluating
+from offramp.nn.multiexit import columns_at
 from offramp.nn.output import read_logits
 from offramp.report import DenseExample, Point, Report, gather, render, write
 from offramp.report.curve import TOLERANCES
@@ -54,18 +57,26 @@ def dense_examples(run: Run, report: Report, split: Any, count: int) -> list[Den
     wanted = list(dict.fromkeys([*wanted, *report.last]))[:count]
     columns, found = [*report.realised.columns], []
     net = run.net
+    exits, widths = run.exits, run.manifest.widths or [1.0]
+    strides = [column.stride for column in columns_at(exits.columns, widths)]
     with evaluating(net):
         for i in wanted:
             sample = split[i]
             image, label = sample if isinstance(sample, tuple | list) else (sample, None)
-            said = net(image[None])
+            said: list[Tensor] = []
+            ends: dict[float, Tensor] = {}
+            for width in widths:
+                with running_at(width, net):
+                    said += exits(image[None])
+                ends[width] = said[-1].argmax(1)[0]
             probs = torch.cat([said[c].float().softmax(1) for c in columns])
             labels, sure = probs.argmax(1), probs.amax(1)
-            smoothed = [smooth_edges(sure[e:e + 1], semantic_edges(labels[e:e + 1], net.columns[c].stride),
-                                     net.columns[c].stride) for e, c in enumerate(columns)]
+            smoothed = [smooth_edges(sure[e:e + 1], semantic_edges(labels[e:e + 1], strides[c]), strides[c])
+                        for e, c in enumerate(columns)]
             found.append(DenseExample(
                 name=f"#{i}", image=split.read(i)[0], label=label, predictions=labels, confidences=sure,
                 smoothed=torch.cat(smoothed), left_at=int(left[i]),
+                ends=ends if len(ends) > 1 else {},
             ))
     return found
 
@@ -84,5 +95,5 @@ def static_point(spec: str, run: Run, test: str, *, quiet: bool = False) -> Poin
             truth.append(labels)
     predictions, labels = torch.cat(said), torch.cat(truth)
     quality = accuracy(predictions, labels) if predictions.ndim == 1 else float(
-        mean_iou(confusion(predictions, labels, run.net.num_classes).sum(0)))
+        mean_iou(confusion(predictions, labels, run.exits.num_classes).sum(0)))
     return Point(name=spec, macs=float(cost), quality=quality)

@@ -63,14 +63,14 @@ def predict_run(
     DataError where images cannot be used. Files that are no images are found before anything is written; images that
     break while they are read are named at the end, and all others are answered.
     """
-    data, net, plan = images_of(paths, run), run.net, run.plan()
+    data, net, exits_net, plan = images_of(paths, run), run.net, run.exits, run.plan()
     where = torch.device(device or "cpu")
     fast = deploy(net.to(where), plan, engine=engine).to(where)
-    names, dense = run.source.class_names, net.task == "dense"
+    names, dense = run.source.class_names, exits_net.task == "dense"
     exits = [*plan.exits, "final"]
     folder = out if not out.suffix else out.parent
     pictures = _picture_names(data, folder) if dense else []
-    palette = colours(net.num_classes, run.source.palette)
+    palette = colours(exits_net.num_classes, run.source.palette)
     faults = Faults("offramp run", "images that can be read; the others are answered", UNREADABLE)
     rows: list[dict[str, Any]] = []
     loader = DataLoader(_Readable(data), batch_size=batch_size, collate_fn=list)

@@ -5,6 +5,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from offramp.cli.flags import (
+    Again,
+    Against,
+    Batches,
+    BatchSize,
+    Boundary,
+    Confidence,
+    Confidences,
+    Data,
+    Device,
+    Epochs,
+    Exits,
+    Folder,
+    HeadKind,
+    Keep,
+    LatencyBatch,
+    MaxDrop,
+    MaxExits,
+    Minimise,
+    Model,
+    Out,
+    Precision,
+    Rate,
+    RecipeName,
+    Seed,
+    Tolerance,
+    TrainSplit,
+    Widths,
+    Within,
+    read_confidences,
+    read_numbers,
+    read_options,
+    read_widths,
+    refuse_beside,
+)
 from offramp.cli.say import Debug, Json, command_line, fail, result, summary, verb
 
 if TYPE_CHECKING:
@@ -26,44 +61,6 @@ app = typer.Typer(
          "[b]Step by step:[/b] train, record, search, bench, report, run", epilog=EPILOG,
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="The network; see below.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
-Data = Annotated[str, typer.Option("--data", metavar="DATA", help="The data; see below.")]
-Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to make or go on with.")]
-Exits = Annotated[str, typer.Option(help="How many exits, or the names of their sites, with commas.")]
-Within = Annotated[str | None, typer.Option(help="Cut this submodule instead of the whole network.")]
-HeadKind = Annotated[str, typer.Option("--heads", help="small (new layers, sized by the site), shortcut (the network's "
-                                       "own tail, most blocks left out; stronger on residual networks) or mess (dense "
-                                       "networks: 64 candidates a site, for the search to choose from).")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="label_free (no labels, frozen network). All others need "
-                                         "labels, and --epochs but for joint and eenet: joint, eenet (deeper exits "
-                                         "weigh more, and teach in the end), exit_aware (one exit a step) and "
-                                         "final_only (no exit) train the whole network, which is kept as "
-                                         "RUN/backbone.safetensors; mess, frozen, kd and self_distill train exits "
-                                         "on a frozen one, mess best on that of exit_aware.")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; for label_free, joint and eenet the "
-                                            "recipe's own unless given.")]
-Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate; the recipe's own unless given.")]
-Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
-TrainSplit = Annotated[str | None, typer.Option(help="Splits to train on, such as train+unlabelled.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Precision = Annotated[str | None, typer.Option(help="bf16 trains in mixed precision.")]
-Again = Annotated[bool, typer.Option("--again", help="Begin anew instead of going on.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-Batches = Annotated[str, typer.Option(help="Batch sizes to time, with commas.")]
-MaxDrop = Annotated[float, typer.Option(help="Loss to tolerate, a fraction: 0.01 is one point.")]
-Minimise = Annotated[str, typer.Option(help="macs, latency_ms, peak_bytes, param_bytes or drop (the best quality).")]
-Tolerance = Annotated[str, typer.Option(help="joint spends the loss where it saves most; halving, even share it out; "
-                                        "exact proves the optimum; auto chooses between exact and joint.")]
-Confidence = Annotated[str, typer.Option(help="top, margin or entropy; dense also top_edges or entropy_edges; "
-                                         "several with commas, for the exact search to choose.")]
-Confidences = Annotated[str | None, typer.Option(help="Dense: whose histograms to keep, with commas: top, margin, "
-                                                 "entropy, top_edges, entropy_edges. All unless given; of networks "
-                                                 "with more than 16 exits only top.")]
-MaxExits = Annotated[int | None, typer.Option(min=0, help="Use at most so many exits.")]
-Against = Annotated[str, typer.Option(help="What the loss is measured against: auto, labels or backbone.")]
-LatencyBatch = Annotated[int, typer.Option("--latency-batch", help="Batch size at which latency_ms is meant.")]
-
 
 @app.command(epilog="offramp sites torchvision:resnet50 --shape 3x224x224\n\n" + EPILOG)
 @verb
@@ -71,12 +68,16 @@ def sites(
     model: Model,
     data: Annotated[str | None, typer.Option("--data", help="Take the input's shape from this data.")] = None,
     shape: Annotated[str, typer.Option(help="Or give it: CHANNELSxHEIGHTxWIDTH.")] = "3x224x224", within: Within = None,
-    as_json: Json = False, debug: Debug = False,
+    widths: Widths = None, keep: Keep = None, as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """List the places where a network can be cut: what is live there, MACs before and after, may the batch shrink."""
+    """List the places where a network can be cut: what is live there, MACs before and after, may the batch shrink.
+
+    With --widths: which of its channels belong together, and how many of them each width keeps; nothing is changed.
+    """
     import json
 
     from offramp.cli.folder import example, probe
+    from offramp.cli.widths import plan_json, plan_of
     from offramp.cli.work import open_model
     from offramp.data import load_data
     from offramp.graph import sites as sites_of
@@ -86,9 +87,13 @@ def sites(
         source = load_data(data)
         network, size = open_model(model, source, source.splits[0])
     else:
-        size = _numbers(shape, "x", "--shape")
+        size = read_numbers(shape, "x", "--shape")
         network = load_model(model)
         probe(network, example(size), model)
+    if shares := read_widths(widths):
+        plan = plan_of(network, example(size), keep or (), within)
+        result({"model": model, "channels": plan_json(plan, shares)}, plan.table(shares), as_json=as_json)
+        return
     found = sites_of(network, example(size), within=within)
     result({"model": model, "sites": json.loads(found.to_json())}, str(found), as_json=as_json)
 
@@ -98,15 +103,23 @@ def sites(
 @verb
 def train(
     model: Model, data: Data, out: Out, exits: Exits = "4", heads: HeadKind = "small",
-    recipe: RecipeName = "label_free", epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
-    train_split: TrainSplit = None, within: Within = None, device: Device = None, precision: Precision = None,
+    recipe: RecipeName = None, epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
+    train_split: TrainSplit = None, within: Within = None, widths: Widths = None, keep: Keep = None,
+    boundary: Boundary = None, device: Device = None, precision: Precision = None,
     again: Again = False, as_json: Json = False, debug: Debug = False,
 ) -> None:
-    """Cut a network, hang exits on the cuts and train them; makes the run folder. Goes on after a stop."""
-    run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, device, precision,
-                 again, as_json)
-    result({"run": str(out), "exits": run.manifest.exits}, f"{out}: exits at {', '.join(run.manifest.exits)}\n"
-           f"next: offramp record {out}", as_json=as_json)
+    """Cut a network, hang exits on the cuts and train them; makes the run folder. Goes on after a stop.
+
+    With --widths the network learns to run with a share of its channels, too: [b]offramp train MODEL --data DATA --out
+    run --widths 0.25,0.5,1 --epochs 20[/b].
+    """
+    run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, widths, keep, boundary,
+                 device, precision, again, as_json)
+    made = run.manifest
+    words = [f"exits at {', '.join(made.exits)}"] if made.exits else []
+    words += [f"widths {', '.join(f'{width:g}' for width in made.widths)}"] if made.widths else []
+    result({"run": str(out), "exits": made.exits, "widths": made.widths},
+           f"{out}: {'; '.join(words)}\nnext: offramp record {out}", as_json=as_json)
 
 
 @app.command(epilog="offramp record run --batches 1,32")
@@ -120,11 +133,11 @@ def record(
     from offramp.cli.folder import Run
     from offramp.cli.work import record_run
 
-    kept = _confidences(confidences, "--confidences")
+    kept = read_confidences(confidences, "--confidences")
     opened = Run.open(run)
     opened.save(command_line())
-    tables = record_run(opened, split.split(","), batches=_numbers(batches, ",", "--batches"), batch_size=batch_size,
-                        confidences=kept, device=device, again=again, quiet=as_json)
+    tables = record_run(opened, split.split(","), batches=read_numbers(batches, ",", "--batches"),
+                        batch_size=batch_size, confidences=kept, device=device, again=again, quiet=as_json)
     counts = {name: len(table) for name, table in tables.items()}
     words = "\n".join(f"{run}/tables/{name}.json: {count} samples" for name, count in counts.items())
     result({"run": str(run), "tables": counts}, f"{words}\nnext: offramp search {run} --max-drop 0.01", as_json=as_json)
@@ -165,16 +178,17 @@ def search(
     if by is not None or budget is not None or guarantee is not None:
         from offramp.cli.budgets import schedule_run
 
-        _alone({"--tolerance": tolerance != "auto", "--confidence": confidence != "top", "--max-exits": max_exits,
-                "--setting": setting != "input_dependent", "--min-miou": min_miou, "--max-macs": max_macs,
-                "--max-latency-ms": max_latency_ms, "--max-bytes": max_bytes, "--front": front,
-                "--minimise": minimise not in ("macs", "latency_ms")})
-        _options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
+        refuse_beside({
+            "--tolerance": tolerance != "auto", "--confidence": confidence != "top", "--max-exits": max_exits,
+            "--setting": setting != "input_dependent", "--min-miou": min_miou, "--max-macs": max_macs,
+            "--max-latency-ms": max_latency_ms, "--max-bytes": max_bytes, "--front": front,
+            "--minimise": minimise not in ("macs", "latency_ms")})
+        read_options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
         _searched(run, schedule_run(
             Run.open(run), by=by, budget=budget, max_drop=max_drop, confidence=guarantee, unit=minimise,
             batch=latency_batch, against=against, command=command_line(), quiet=as_json), as_json)
         return
-    options = _options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
+    options = read_options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
     options |= {"setting": setting, "min_miou": min_miou, "max_macs": max_macs, "max_latency_ms": max_latency_ms,
                 "max_bytes": max_bytes, "time_limit_s": time_limit}
     if setting not in ("input_dependent", "budgeted", "anytime"):
@@ -214,8 +228,9 @@ def compare(
 @verb
 def adapt(
     model: Model, data: Data, out: Out, max_drop: MaxDrop = 0.01, exits: Exits = "4", heads: HeadKind = "small",
-    recipe: RecipeName = "label_free", epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
-    train_split: TrainSplit = None, within: Within = None,
+    recipe: RecipeName = None, epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
+    train_split: TrainSplit = None, within: Within = None, widths: Widths = None, keep: Keep = None,
+    boundary: Boundary = None,
     minimise: Minimise = "macs", tolerance: Tolerance = "auto", confidence: Confidence = "top",
     max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1, batches: Batches = "1",
     batch_size: BatchSize = 32, confidences: Confidences = None, device: Device = None, precision: Precision = None,
@@ -224,12 +239,12 @@ def adapt(
     """Train, record and search in one go: from a pretrained network and images to a plan."""
     from offramp.cli.work import record_run, search_run
 
-    options = _options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
-    kept = _confidences(confidences, "--confidences")
-    run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, device, precision,
-                 again, as_json)
+    options = read_options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
+    kept = read_confidences(confidences, "--confidences")
+    run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, widths, keep, boundary,
+                 device, precision, again, as_json)
     splits = [one for one in ("calibration", "test") if one in run.source.splits]
-    record_run(run, splits, batches=_numbers(batches, ",", "--batches"), batch_size=batch_size, confidences=kept,
+    record_run(run, splits, batches=read_numbers(batches, ",", "--batches"), batch_size=batch_size, confidences=kept,
                device=device, quiet=as_json)
     _searched(out, search_run(run, options=options, command=command_line(), quiet=as_json), as_json)
 
@@ -274,8 +289,8 @@ def bench(
     from offramp.cli.folder import Run
 
     opened = Run.open(run)
-    page = bench_run(opened, batches=_numbers(batches, ",", "--batches"), repeats=repeats, engine=engine, dtype=dtype,
-                     device=device, budget_s=budget, quiet=as_json)
+    page = bench_run(opened, batches=read_numbers(batches, ",", "--batches"), repeats=repeats, engine=engine,
+                     dtype=dtype, device=device, budget_s=budget, quiet=as_json)
     opened.save(command_line())
     lines = [f"{'network':32} {'batch':>5} {'p50 ms':>9} {'p95 ms':>9} {'per second':>11}"]
     lines += [f"{row['network'][:32]:32} {row['batch']:5d} {row['p50_ms']:9.3g} {row['p95_ms']:9.3g} "
@@ -301,6 +316,27 @@ def report(
             "warnings": found.warnings}, str(page), as_json=as_json)
 
 
+@app.command(epilog="offramp narrow run --width 0.5 --out net.safetensors")
+@verb
+def narrow(
+    run: Folder, width: Annotated[float, typer.Option(help="One of the run's widths.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Write the network at one of its widths, without exits, as a file of its own, and say how to load it.
+
+    The file holds the small weights and how many channels each layer has; loading it needs the network's own code, not
+    offramp.
+    """
+    from offramp.cli.folder import Run
+    from offramp.cli.widths import narrow_run
+
+    done = narrow_run(Run.open(run), width, out)
+    share = done["parameters"] / done["of"]
+    result(done, f"{out}: {done['parameters']} parameters, {share:.1%} of those at full width; to load it:\n\n"
+           f"{done['loading']}", as_json=as_json)
+
+
 @app.command(epilog="offramp demo --out runs/demo")
 @verb
 def demo(
@@ -316,64 +352,22 @@ def demo(
 
 
 def _train(
-    model: str, data: str, out: Path, exits: str, heads: str, recipe: str, epochs: int | None, lr: float | None,
-    seed: int, train_split: str | None, within: str | None, device: str | None, precision: str | None, again: bool,
-    quiet: bool,
+    model: str, data: str, out: Path, exits: str, heads: str, recipe: str | None, epochs: int | None, lr: float | None,
+    seed: int, train_split: str | None, within: str | None, widths: str | None, keep: list[str] | None,
+    boundary: str | None, device: str | None, precision: str | None, again: bool, quiet: bool,
 ) -> "Run":
     from offramp.cli.work import make_recipe, start, train_run
 
     if precision not in (None, "bf16"):
         fail(f"--precision: expected bf16 or nothing, but got {precision!r}.")
     places: Any = int(exits) if exits.isdigit() else [one.strip() for one in exits.split(",")]
-    made = make_recipe(recipe, exits=places if isinstance(places, int) else len(places), epochs=epochs, lr=lr,
-                       seed=seed)
+    shares = read_widths(widths)
+    made = make_recipe(recipe or ("slim" if shares else "label_free"), epochs=epochs, lr=lr, seed=seed,
+                       boundary=boundary, exits=places if isinstance(places, int) else len(places))
     run = start(out, model=model, data=data, exits=places, heads=heads, within=within, recipe=made, again=again,
-                command=command_line())
+                command=command_line(), widths=shares, keep=keep or ())
     train_run(run, made, split=train_split, device=device, precision=precision, quiet=quiet)
     return run
-
-
-def _options(max_drop: float | None, minimise: str, tolerance: str, confidence: str, max_exits: int | None,
-             against: str, batch: int) -> dict[str, Any]:
-    allowed = {
-        "--minimise": (minimise, ("macs", "latency_ms", "peak_bytes", "param_bytes", "drop")),
-        "--tolerance": (tolerance, ("auto", "joint", "halving", "even", "exact")),
-        "--against": (against, ("auto", "labels", "backbone")),
-    }
-    for flag, (value, known) in allowed.items():
-        if value not in known:
-            fail(f"{flag}: expected {', '.join(known)}, but got {value!r}.")
-    names = _confidences(confidence, "--confidence") or [confidence]
-    return {"max_drop": max_drop, "minimise": minimise, "tolerance": None if tolerance == "auto" else tolerance,
-            "confidence": names if len(names) > 1 else confidence,
-            "max_exits": max_exits, "against": against, "batch": batch}
-
-
-def _alone(given: dict[str, Any]) -> None:
-    """Refuse what --by, --budget and --guarantee would pass over."""
-    if wrong := [flag for flag, value in given.items() if value is not None and value is not False]:
-        fail(f"{', '.join(wrong)}: expected without --by, --budget and --guarantee, which fit a policy instead of "
-             "searching; --minimise macs or latency_ms says what is spent.")
-
-
-def _confidences(text: str | None, flag: str) -> list[str] | None:
-    from offramp.types import CONFIDENCES, EDGED
-
-    names = None if text is None else text.split(",")
-    for name in names or ():
-        if name not in (known := (*CONFIDENCES, *EDGED)):
-            fail(f"{flag}: expected {', '.join(known)}, but got {name!r}.")
-    return names
-
-
-def _numbers(text: str, mark: str, flag: str) -> list[int]:
-    try:
-        found = [int(one) for one in text.lower().split(mark)]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        fail(f"{flag}: expected whole numbers such as {mark.join(['1', '32'])}, but got {text!r}.")
-    return found
 
 
 def _searched(run: Path, plan: "Plan", as_json: bool) -> None:

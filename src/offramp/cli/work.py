@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
 
@@ -12,6 +12,7 @@ from offramp.choose.plan import save_plan
 from offramp.choose.search import search, search_front
 from offramp.cli.folder import Manifest, Run, example, probe
 from offramp.cli.say import Settled, Steps, note
+from offramp.cli.widths import train_widths
 from offramp.data import Source, Split, load_data
 from offramp.errors import OfframpError
 from offramp.models import load_model
@@ -19,6 +20,8 @@ from offramp.nn.guest import fingerprint_of
 from offramp.nn.mess import mess_space
 from offramp.nn.overview import overview
 from offramp.nn.shortcut import ShortcutSpec
+from offramp.nn.slim import Slimmable
+from offramp.nn.widths import exits_of
 from offramp.record import record
 from offramp.table import ExitTable
 from offramp.train import recipes
@@ -32,7 +35,7 @@ __all__ = ["front_run", "make_recipe", "open_model", "record_run", "search_run",
 HEADS: dict[str, Any] = {"small": None, "shortcut": ShortcutSpec(share=0.2), "mess": mess_space()}
 RECIPES: dict[str, Callable[..., Recipe]] = {one.__name__: one for one in (
     recipes.label_free, recipes.joint, recipes.exit_aware, recipes.mess, recipes.final_only, recipes.frozen, recipes.kd,
-    recipes.self_distill, recipes.eenet)}
+    recipes.self_distill, recipes.eenet, recipes.slim)}
 _HABITS = ("label_free", "joint", "eenet")
 
 
@@ -44,6 +47,9 @@ def make_recipe(name: str, *, exits: int = 0, **options: Any) -> Recipe:
     if options.get("epochs") is None and name not in _HABITS:
         raise OfframpError(expected=f"--epochs, which {name} has no habit of its own for", got="none", where="--recipe",
                            todo="say how often it may pass over the data, such as --epochs 20.")
+    if options.get("boundary") is not None and name != "slim":
+        raise OfframpError(expected="--boundary with --recipe slim", got=f"--recipe {name}", where="--boundary",
+                           todo="leave it out: other recipes train no boundaries.")
     if name == "eenet":
         options["exits"] = exits + 1  # the final one counts
     return RECIPES[name](**{k: v for k, v in options.items() if v is not None})
@@ -75,17 +81,20 @@ def open_model(model: str, data: Source, split: str) -> tuple[Any, list[int]]:
 
 def start(
     out: Path, *, model: str, data: str, exits: int | Sequence[str], heads: str, within: str | None, recipe: Recipe,
-    again: bool, command: str,
+    again: bool, command: str, widths: Sequence[float] = (), keep: Sequence[str] = (),
 ) -> Run:
     """A run folder with its network cut; an existing one when it was begun with the same arguments."""
+    _check_widths(exits, heads, recipe, widths, keep)
     if heads not in HEADS:
         raise OfframpError(expected=f"heads among {', '.join(HEADS)}", got=repr(heads), where="--heads",
                            todo=near(heads, HEADS))
     if (out / "run.json").is_file() and not again:
         run = Run.open(out)
         made = run.manifest
-        theirs = {"MODEL": made.model, "--data": made.data, "--within": made.within, "--recipe": made.recipe}
-        ours = {"MODEL": model, "--data": data, "--within": within, "--recipe": recipe.to_json()}
+        theirs = {"MODEL": made.model, "--data": made.data, "--within": made.within, "--recipe": made.recipe,
+                  "--widths": made.widths, "--keep": made.keep}
+        ours = {"MODEL": model, "--data": data, "--within": within, "--recipe": recipe.to_json(),
+                "--widths": [*widths], "--keep": [*keep]}
         other = [f"{name} {theirs[name]!r}" for name in ours if theirs[name] != ours[name]]
         count = exits if isinstance(exits, int) else len(exits)
         if len(made.exits) != count:
@@ -99,20 +108,38 @@ def start(
     network, shape = open_model(model, source, source.splits[0])
     if again:
         for old in ("plan.json", "bench.json", "report.html", *(f"tables/{one}.json" for one in source.splits),
-                    "train/checkpoint.safetensors"):
+                    "train/checkpoint.safetensors", "train/exits/checkpoint.safetensors"):
             (out / old).unlink(missing_ok=True)
     run = Run(out, Manifest(model=model, data=data, shape=shape, within=within, recipe=recipe.to_json(),
-                            whole=not recipe.freeze))
+                            whole=not recipe.freeze, widths=[*widths], keep=[*keep]))
     run.__dict__["backbone"], run.__dict__["source"] = network, source
     guest = network.get_submodule(within) if within else network
     run.manifest.backbone = fingerprint_of(guest)
-    net = run.attach(exits, HEADS[heads])
+    net = exits_of(run.attach(exits, HEADS[heads]))
     run.manifest.exits, run.manifest.notes = [site.name for site in net.sites], list(net.notes)
     for site in net.sites:
         columns = [column for column in net.columns if column.site == site.name]
         run.manifest.heads[site.name] = {c.head: net.head(c.name).spec.to_json() for c in columns}  # type: ignore[union-attr, operator]
     run.save(command)
     return run
+
+
+def _check_widths(exits: int | Sequence[str], heads: str, recipe: Recipe, widths: Sequence[float],
+                  keep: Sequence[str]) -> None:
+    def refuse(expected: str, got: str, where: str, todo: str = "") -> NoReturn:
+        raise OfframpError(expected=expected, got=got, where=where, todo=todo)
+
+    if not widths:
+        if keep:
+            refuse("--keep with --widths", "no widths", "--keep")
+        if recipe.slim is not None:
+            refuse("--widths with --recipe slim", "none", "--recipe", "say which, such as --widths 0.25,0.5,0.75,1.")
+        if exits in (0, []):
+            refuse("at least one exit", "--exits 0", "--exits", "a network without exits needs --widths to adapt.")
+    elif recipe.slim is None:
+        refuse("--recipe slim with --widths", "another recipe", "--recipe", "leave --recipe out.")
+    elif heads != "small" and exits not in (0, []):
+        refuse("--heads small with --widths", f"--heads {heads}", "--heads")
 
 
 def train_run(
@@ -124,14 +151,20 @@ def train_run(
         note(f"exits of {run.path} are trained already")
         return None
     net = run.attach()
+    exits = exits_of(net)
     data = training_split(run.source, recipe, split)
     if not quiet:
-        if any(column.head for column in net.columns):  # several candidates a site
-            note(overview(net))
-        note(f"training {len(net.columns) - 1} exits on {len(data)} images of {data.split}, "
+        if any(column.head for column in exits.columns):  # several candidates a site
+            note(overview(exits))
+        what = [f"{len(run.manifest.widths)} widths"] if run.manifest.widths else []
+        what += [f"{len(exits.columns) - 1} exits"] if len(exits.columns) > 1 else []
+        note(f"training {' and '.join(what)} on {len(data)} images of {data.split}, "
              + ("with labels" if recipe.reads_labels else "without labels"))
-    history = fit(net, data, recipe, run_dir=run.path / "train", device=device, precision=precision,
-                  progress=not quiet)
+    how: Any = {"device": device, "precision": precision, "progress": not quiet}
+    if isinstance(net, Slimmable):
+        history = train_widths(run, net, recipe, data, **how)
+    else:
+        history = fit(net, data, recipe, run_dir=run.path / "train", **how)
     run.keep(net)
     run.manifest.trained = True
     run.save()
@@ -151,7 +184,7 @@ def record_run(
         if page.is_file() and not again:
             table = ExitTable.load(page)
             lacking = table.task == "dense" and not set(confidences or ()) <= set(table.histograms)
-            if table.fingerprints["model"] == fingerprint_of(run.net) and not lacking:
+            if table.fingerprints["model"] == fingerprint_of(run.exits) and not lacking:
                 tables[name] = table
                 continue
         split = run.source.split(name)

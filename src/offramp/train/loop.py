@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from offramp.errors import DataError, FileFormatError, OfframpError
+from offramp.nn.multiexit import MultiExit
+from offramp.nn.slim import Slimmable
 from offramp.train import checkpoint
 from offramp.train.augment import augmented
 from offramp.train.batches import Batch, Source, rng_kept, seed_all, source_of
@@ -34,9 +36,6 @@ from offramp.train.setup import (
 )
 from offramp.train.step import means
 from offramp.train.subject import ExitSubject, Subject, subject_of
-
-if TYPE_CHECKING:
-    from offramp.nn.multiexit import MultiExit
 
 __all__ = ["fit", "restore"]
 
@@ -62,8 +61,9 @@ def fit(
 ) -> History:
     """Train the exits of a network (and the network, if the recipe says so), or its widths, in place.
 
-    net: made by :func:`offramp.attach` for recipes of exits; for ``recipes.slim()`` by :func:`offramp.slim_`, or a
-        plain network, which is one of a single width.
+    net: made by :func:`offramp.attach` for recipes of exits, and then by :func:`offramp.slim_` where they are to learn
+        at every width of a frozen network; for ``recipes.slim()`` by ``slim_`` alone, or a plain network, which is one
+        of a single width.
     data: a dataset, or a loader of batches: a tensor, (inputs, labels), (inputs,), or a dict of arguments by name. For
         a recipe without labels, labels in there are dropped unread.
     run_dir: where features, ``checkpoint.safetensors`` and ``log.jsonl`` go; without it nothing is kept, nor resumed.
@@ -92,7 +92,7 @@ def fit(
             f"precision None or 'bf16', not {precision!r}": precision not in (None, "bf16"),
             f"engine 'eager' or 'compile', not {engine!r}": engine not in ("eager", "compile"),
             # torch.compile breaks the graph at every layer that looks up its width, and gives up after eight of them
-            "engine 'eager' for recipes.slim()": engine == "compile" and recipe.slim is not None,
+            "engine 'eager' for networks of widths": engine == "compile" and not isinstance(subject, ExitSubject),
         }.items() if wrong
     ] + subject.faults
     if faults:
@@ -135,7 +135,8 @@ def restore(net: nn.Module, run_dir: str | Path) -> History:
         todo = "run fit(..., run_dir=...) first"
         raise DataError(expected=f"a {CHECKPOINT}", got="none", where=str(run_dir), todo=todo)
     tensors, state = checkpoint.load(path)
-    _load_module(net if state["whole"] else cast("MultiExit", net).heads, tensors, path)
+    exits = net.backbone if isinstance(net, Slimmable) and isinstance(net.backbone, MultiExit) else net
+    _load_module(net if state["whole"] else cast(MultiExit, exits).heads, tensors, path)
     return History(columns=tuple(state["columns"]), epochs=tuple(EpochRecord(**e) for e in state["epochs"]),
                    notes=tuple(state["notes"]))
 

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import OfframpError
-from offramp.nn.multiexit import MultiExit
+from offramp.nn.multiexit import MultiExit, columns_at
+from offramp.nn.slim import Slimmable
 from offramp.train.batches import Batch, Source
 from offramp.train.features import Features, module_fingerprint
 from offramp.train.recipe import Recipe
 from offramp.train.setup import set_modes
 from offramp.train.step import Exits, Pass, measure, trained
-from offramp.train.widths import WidthSubject
+from offramp.train.widths import WidthSubject, alone
 
-__all__ = ["ExitSubject", "Subject", "subject_of"]
+__all__ = ["ExitSubject", "Subject", "WidthExits", "subject_of"]
 
 
 class Subject(Protocol):
@@ -67,6 +68,8 @@ class Subject(Protocol):
 
 def subject_of(net: nn.Module, recipe: Recipe) -> Subject:
     """The exits of a network that has some, else its widths; OfframpError where the recipe is for the other."""
+    if isinstance(net, Slimmable) and isinstance(net.backbone, MultiExit) and recipe.slim is None:
+        return WidthExits(net, net.backbone, recipe)
     if not isinstance(net, MultiExit):
         return WidthSubject(net, recipe)
     if recipe.slim is not None:
@@ -109,3 +112,58 @@ class ExitSubject:
 
     def measure(self, source: Source, device: torch.device) -> dict[str, dict[str, float]]:
         return measure(self.net, self.recipe, source, device)
+
+
+@final
+class WidthExits:
+    """The exits of a frozen network at all its widths in one step: at each they learn as :class:`ExitSubject`'s do.
+
+    What a width's own end says is their teacher there. SlimSeg trains no exits; that they share weights across widths,
+    and have norms of their own at each, is what it does to the rest of a network.
+    """
+
+    def __init__(self, net: Slimmable, exits: MultiExit, recipe: Recipe) -> None:
+        self.net, self.recipe = net, recipe
+        self.inner = ExitSubject(exits, recipe)
+        self.exits, self.owner, self.fingerprint = exits, self.inner.owner, self.inner.fingerprint
+        self.extra: nn.Module | None = None
+        trains = [column for column in exits.columns if column.name in self.inner.columns]
+        self.columns = [column.name for column in columns_at(trains, net.widths)]
+        self.partial = True
+        self.faults = [*self.inner.faults, *([] if recipe.freeze else [
+            "a recipe that leaves the network as it is: train its widths before, by recipes.slim(), without exits"])]
+
+    def set_modes(self) -> None:
+        self.inner.set_modes()
+
+    def example(self, source: Source) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        return self.inner.example(source)
+
+    def module(self, source: Source) -> Exits:
+        return self.inner.module(source)
+
+    def passes(self, module: nn.Module, model: nn.Module, accelerator: Any, steps: int
+               ) -> Callable[[Batch, int, int, float], Tensor]:
+        alone(accelerator)
+        one = self.inner.passes(module, model, accelerator, steps)
+
+        def every(batch: Batch, number: int, rows: int, scale: float) -> Tensor:
+            said = []
+            for width in self.net.widths:
+                with self.net.at(width):
+                    said.append(one(batch, number, rows, scale))
+            return torch.cat(said)
+
+        return every
+
+    def finish(self, source: Source, device: torch.device) -> str:
+        return ""
+
+    def measure(self, source: Source, device: torch.device) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        for width in self.net.widths:
+            with self.net.at(width):
+                for measure_name, values in self.inner.measure(source, device).items():
+                    named = {name if width == 1 else f"{name}@{width:g}": value for name, value in values.items()}
+                    found.setdefault(measure_name, {}).update(named)
+        return found

@@ -28,7 +28,7 @@ from offramp.train.features import grid, labels_on, logits_on
 from offramp.train.recipe import Recipe, SlimStep
 from offramp.train.step import means, said_of
 
-__all__ = ["WidthPass", "WidthSubject", "Widths", "width_loss"]
+__all__ = ["WidthPass", "WidthSubject", "Widths", "alone", "width_loss"]
 
 RECALIBRATED = 1024
 """Samples that norms are estimated on, at most."""
@@ -145,6 +145,13 @@ class WidthPass:
         return sums
 
 
+def alone(accelerator: Any) -> None:
+    """OfframpError in one of several processes."""
+    if accelerator.num_processes > 1:
+        raise OfframpError(expected="one process", got=f"{accelerator.num_processes}", where="fit() of widths",
+                           todo="train on one device; gradients of one width after another are not gathered")
+
+
 class WidthSubject:
     """A network's widths as ``fit`` trains them; see :class:`offramp.train.subject.Subject`."""
 
@@ -182,9 +189,7 @@ class WidthSubject:
         return Widths(self.net, self.extra, self.step.boundary)
 
     def passes(self, module: nn.Module, model: nn.Module, accelerator: Any, steps: int) -> WidthPass:
-        if accelerator.num_processes > 1:
-            raise OfframpError(expected="one process", got=f"{accelerator.num_processes}", where="fit() of widths",
-                               todo="train on one device; gradients of one width after another are not gathered")
+        alone(accelerator)
         return WidthPass(self.recipe, self.widths, model, accelerator)
 
     def finish(self, source: Source, device: torch.device) -> str:
