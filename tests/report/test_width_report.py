@@ -16,6 +16,7 @@ from offramp.errors import OfframpError
 from offramp.policies.thresholds import Thresholds
 from offramp.report import DenseExample, Report, gather, render
 from offramp.report.borders import mended
+from offramp.report.curve import Curve, Point
 from offramp.report.dense import differences
 from offramp.report.draw import draw_curve, draw_distances
 from offramp.report.svg import macs, percent
@@ -173,7 +174,21 @@ def test_ends_are_the_plans_own_where_no_others_are_given() -> None:
     (whole, _), (apart, words) = shown(differences(report, [one], ((9, 9, 9),) * 4))[1:]
     differ = (one.predictions[1] != one.predictions[3]).numpy()
     assert words.startswith("width 0.5") and ((apart.sum(2) > 0) == differ).all() and differ.any()
-    assert differences(reported(exits=("layer1.2",)), [one]) == ""
+    assert differences(reported(exits=("layer1.2@0.5",)), [one]) == ""
     for ends in ({0.5: one.predictions[0]}, {0.5: one.predictions[0], 1.0: torch.zeros(3, 3)}):
         with pytest.raises(OfframpError, match="width 1.0"):
             replace(one, ends=ends)
+
+
+@pytest.mark.parametrize("cost", [1e6, 12e6, 30e6, 100e6, 150e6, 190e6, 198e6, 220e6])
+def test_names_on_the_curve_keep_out_of_each_others_way(cost: float) -> None:
+    curve = Curve(quality="mIoU", plans=(), cut=(), chosen=Point(name="", macs=cost, quality=0.386),
+                  backbone=Point(name="untouched network", macs=198e6, quality=0.386))
+    (svg,), found = re.findall(r"<svg.*</svg>", draw_curve(curve)), {}
+    for one in ElementTree.fromstring(svg).iter("text"):
+        if one.text in ("this plan", "untouched network"):
+            x, wide = float(one.get("x") or 0), 7.0 * len(one.text)
+            found[one.text] = (x - wide if one.get("text-anchor") == "end" else x, float(one.get("y") or 0))
+    (x, y), (u, v) = found["this plan"], found["untouched network"]
+    assert x > 60, "not over the axis"
+    assert abs(y - v) > 12 or x + 63 < u or x > u + 119

@@ -85,7 +85,8 @@ def wrong_pixels(report: "Report") -> str:
     gains = [mended(one, after) for one, after in zip(steps, steps[1:], strict=False)]
     styles = [style_of_line(k, one.name) for k, one in enumerate(shown)]
     charts = [
-        draw_distances("Wrong pixels, of all labelled ones", [(one.errors, one.name) for one in shown], styles),
+        draw_distances("Wrong pixels, of all labelled ones", [(one.errors, one.name) for one in shown], styles,
+                       width=720 if gains else 420),
         draw_distances("How often wrong at that distance", [(one.rate, one.name) for one in shown], styles),
     ]
     if gains:
@@ -99,7 +100,8 @@ def wrong_pixels(report: "Report") -> str:
     rows += "".join(_row(one, f"mended, {one.name}") for one in gains)
     head = "".join(f'<th class="n">{words}</th>' for words in (
         "pixels", f"within {NEAR} px", f"{NEAR} to 30 px", "beyond 30 px"))
-    return (f'<div class="trio">{"".join(charts)}</div>{legend(names)}<div class="scroll"><table>'
+    first = charts.pop(0) if gains else ""
+    return (f'{first}<div class="duo">{"".join(charts)}</div>{legend(names)}<div class="scroll"><table>'
             f"<tr><th>wrong pixels</th>{head}</tr>{rows}</table></div>")
 
 

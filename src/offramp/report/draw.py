@@ -66,7 +66,9 @@ def draw_curve(curve: Curve) -> str:
     chart.dot(back.macs, back.quality, "ink", f"{back.name}: {percent(back.quality, 2)}", 5.5)
     chart.text(back.macs, back.quality, back.name, dx=-2, dy=-12, anchor="end")
     chart.dot(mine.macs, mine.quality, "ringed", f"this plan: {percent(mine.quality, 2)} at {macs(mine.macs)} MACs", 7)
-    chart.text(mine.macs, mine.quality, "this plan", dx=-12, dy=-8, anchor="end")
+    close = abs(mine.macs - back.macs) < 0.25 * right  # two names, and the axis' own, keep out of each other's way
+    dx, dy, anchor = (14, 16, "start") if mine.macs < 0.15 * right else (-12, 20 if close else -8, "end")
+    chart.text(mine.macs, mine.quality, "this plan", dx=dx, dy=dy, anchor=anchor)
     items = [("plans at rising tolerance, with 95 % bootstrap interval", "var(--blue)"), ("this plan", "var(--orange)"),
              ("untouched network", "var(--ink)"),
              ("static: the network cut at one exit" if len(widths) == 1 else
@@ -99,7 +101,7 @@ def style_of_line(k: int, name: str) -> str:
     return _HUES[k % len(_HUES)] + (" dashed" if k >= len(_HUES) else "")
 
 
-def draw_distances(title: str, lines: Sequence[tuple[Any, str]], styles: Sequence[str]) -> str:
+def draw_distances(title: str, lines: Sequence[tuple[Any, str]], styles: Sequence[str], *, width: int = 420) -> str:
     """Shares against the distance to the nearest border, a step a pixel; the last step, all beyond, is not drawn."""
     drawn = [([float(one) for one in shares[:-1]], name) for shares, name in lines]
     values = [value for shares, _ in drawn for value in shares if math.isfinite(value)] or [0.0]
@@ -107,7 +109,7 @@ def draw_distances(title: str, lines: Sequence[tuple[Any, str]], styles: Sequenc
     span = (low - 0.05 * (high - low) if low < 0 else 0.0, 1.05 * high)
     marks = [100 * value for value in ticks(*span)]
     digits = next((k for k in range(4) if all(abs(round(one, k) - one) < 1e-6 for one in marks)), 4)
-    chart = Chart((1, len(drawn[0][0])), span, width=300, height=250, x_ticks=6, title=title,
+    chart = Chart((1, len(drawn[0][0])), span, width=width, height=260, x_ticks=6, title=title,
                   x_label="pixels from the nearest border", y_format=lambda v: percent(v, digits))
     if low < 0:
         chart.rule(y=0)
