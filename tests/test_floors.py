@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "record": {"nn", "graph", "cost", "table", "functional", "data"},
     "layer_cascade": {"nn", "cost", "functional", "graph"},
     # a deployed network as files: what the runtime runs, with the plan that it obeys
-    "deployed": {"runtime", "nn", "policies", "choose", "table"},
+    "deployed": {"runtime", "nn", "graph", "policies", "choose", "table"},
     # which part of a network a device holds: a network's costs, or those that its table has
     "devices": {"nn", "record", "table"},
     "testing": {"functional", "table", "policies", "choose", "nn", "runtime"},

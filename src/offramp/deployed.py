@@ -1,7 +1,9 @@
 """Deployed networks as files: a versioned JSON page with the plan, and the weights that it uses, in safetensors.
 
     deployed.json               plan, heads' specs, form, shapes of the example inputs, fingerprint
-    deployed-HASH.safetensors   ``backbone.*`` and ``heads.COLUMN.*``; of a budgeted plan nothing beyond its exit
+    deployed-HASH.safetensors   ``backbone.*`` and ``heads.COLUMN.*``; of a budgeted plan nothing beyond its exit; of a
+                                network of several widths ``0.5/backbone.*`` for each that the plan names, as small as
+                                it is, and in the page how large its layers are
 
 The architecture stays the user's code: loading builds the network from it, cuts it again and runs nothing of the file.
 """
@@ -17,20 +19,24 @@ from torch import Tensor, nn
 
 from offramp.choose.plan import plan_from_json, plan_to_json
 from offramp.errors import FileFormatError, HeadError, OfframpError
+from offramp.graph.channels import ChannelPlan
 from offramp.nn.attach import attach
 from offramp.nn.guest import fingerprint_of
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.output import read_logits
 from offramp.nn.shortcut import spec_from_json
+from offramp.nn.sizes import resize_
+from offramp.nn.slim import Slimmable
 from offramp.policies.thresholds import Thresholds
 from offramp.runtime import Adaptive, deploy
+from offramp.runtime.adaptive import Part
 from offramp.runtime.pieces import Piece, piece
 from offramp.table.files import read_json, read_tensors, write_tensors
 from offramp.types import Plan
 
 __all__ = ["load_deployed", "part", "rest", "save_deployed"]
 
-_FORMAT, _VERSION = "offramp.deployed", 1
+_FORMAT, _PLAIN, _WIDTHS = "offramp.deployed", 1, 2
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -40,17 +46,19 @@ def save_deployed(fast: Adaptive, folder: Path | str) -> Path:
     Heads of your own, made without a spec, are kept as weights; ``load_deployed`` then asks for the modules.
     """
     build, tensors = fast.build, _weights(fast)
-    heads = {name: head.spec.to_json() if hasattr(head, "spec") else None
-             for name, head in zip(fast.plan.exits, list(fast.body)[1:], strict=True)}  # type: ignore[call-overload]
+    heads = {name: head.spec.to_json() if hasattr(head, "spec") else None  # type: ignore[union-attr, operator]
+             for _, body, names in _bodies(fast) for name, head in zip(names, body[1:], strict=True)}
     args, kwargs = fast.example
     examples: dict[str, Tensor] = {}
     inputs = {"args": [_describe(f"inputs.{i}", leaf, examples) for i, leaf in enumerate(args)],
               "kwargs": {name: _describe(f"inputs.{name}", leaf, examples) for name, leaf in kwargs.items()}}
     page = {
-        "format": _FORMAT, "version": _VERSION, "plan": plan_to_json(fast.plan), "heads": heads, "inputs": inputs,
+        "format": _FORMAT, "version": _WIDTHS if fast.parts else _PLAIN,
+        "plan": plan_to_json(fast.plan), "heads": heads, "inputs": inputs,
         "form": {"dtype": str(build.dtype).removeprefix("torch.") if build.dtype else None,
                  "channels_last": build.channels_last, "fold": build.fold},
         "fingerprint": fingerprint_of(fast.body),
+        **({"widths": [part._asdict() for part in fast.parts]} if fast.parts else {}),
     }
     path = Path(folder) / "deployed.json"
     write_tensors(path, page, {**tensors, **examples})
@@ -71,7 +79,7 @@ def load_deployed(
     """A deployed network from its folder and the code of its architecture.
 
     model: the network that was cut, with any weights, or a function that makes it (``lambda: resnet50(weights=None)``).
-        A module given is copied and left as found.
+        A module given is copied and left as found. Of a network of several widths: the plain one, before ``slim_``.
     heads: column -> module, for heads that had no spec; ``known``: policy classes besides offramp's own.
     logits, example_inputs: as ``attach`` was given them, where the file cannot say.
 
@@ -79,7 +87,7 @@ def load_deployed(
     FileFormatError where the file is damaged, from a later offramp, or of another architecture.
     """
     path = Path(folder) / "deployed.json"
-    page = read_json(path, format=_FORMAT, version=_VERSION)
+    page = read_json(path, format=_FORMAT, version=_WIDTHS)
     tensors = read_tensors(path, page)
     try:
         plan = plan_from_json(page["plan"], str(path), known)
@@ -90,11 +98,14 @@ def load_deployed(
         described = page["inputs"]
         args = tuple(_revive(f"inputs.{i}", one, tensors) for i, one in enumerate(described["args"]))
         kwargs = {name: _revive(f"inputs.{name}", one, tensors) for name, one in described["kwargs"].items()}
-    except (KeyError, TypeError, AttributeError, HeadError) as error:
+        parts = [Part(float(one["width"]), tuple(one["heads"]), dict(one["sizes"]), int(one["stride"]))
+                 for one in page.get("widths", ())]
+    except (KeyError, TypeError, ValueError, AttributeError, HeadError) as error:
         raise FileFormatError(expected="a whole deployed.json", got=f"{path}: {error!r}", where="load_deployed()",
                               todo="save it again.") from error
     made = {**specs, **(heads or {})}
-    if lacking := [name for name in plan.exits if made.get(name) is None]:
+    names = [name for part in parts for name in part.heads] if parts else plan.exits
+    if lacking := [name for name in names if made.get(name) is None]:
         raise OfframpError(expected=f"the modules of the heads {', '.join(lacking)}", got="none", where="load_deployed",
                            todo="pass heads={column: module}; the file has their weights alone.")
     if example_inputs is None:
@@ -104,15 +115,36 @@ def load_deployed(
         example_inputs = kwargs or args
     with torch.random.fork_rng(devices=[]):
         guest = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-        at = {name.partition("/")[0]: {name.partition("/")[2]: made[name]} for name in plan.exits}
-        net = attach(guest.eval(), example_inputs, exits=list(at) or 1, heads=at or None, logits=logits, task=plan.task)
-        fast = deploy(net, replace(plan, fingerprints={}), engine=engine, shrink=shrink, **form)
+        at: dict[str, dict[str, Any]] = {}
+        for name in names:
+            at.setdefault(name.partition("/")[0], {})[name.partition("/")[2]] = made[name]
+        net = attach(guest.eval(), example_inputs, exits=list(at), heads=at or None, logits=logits, task=plan.task,
+                     keep_costly=True)
+        fast = deploy(_Sized(net, parts, str(path)) if parts else net, replace(plan, fingerprints={}), engine=engine,
+                      shrink=shrink, **form)
     fast.plan = plan
     _fill_(_weights(fast), {name: t for name, t in tensors.items() if not name.startswith("inputs.")}, path)
     if fingerprint_of(fast.body) != page.get("fingerprint"):
         raise FileFormatError(expected="the architecture that was saved", got="other modules around the same weights",
                               where=str(path), todo="build the network with the code that it was saved with.")
     return fast
+
+
+class _Sized(Slimmable):
+    """A network whose widths have sizes, and no weights yet."""
+
+    def __init__(self, exits: MultiExit, parts: Sequence[Part], where: str) -> None:
+        exits.columns = (*exits.columns[:-1], replace(exits.columns[-1], stride=parts[0].stride))
+        super().__init__(exits, ChannelPlan((), ()), exits.traced.example())
+        self.parts, self.where = {part.width: part for part in parts}, where
+        self._gear.widths = tuple(sorted({*self.parts, 1.0}))
+
+    def narrow(self, width: float) -> nn.Module:
+        made = copy.deepcopy(self.backbone)
+        assert isinstance(made, MultiExit)
+        for name, sizes in self.parts[width].sizes.items():
+            resize_(made.backbone if name == "backbone" else made.head(name), sizes, self.where)
+        return made
 
 
 def part(net: MultiExit, upto: str, *, frontier: bool = False, **form: Any) -> Adaptive | Piece:
@@ -144,13 +176,20 @@ def rest(net: MultiExit, after: str, *, upto: str | None = None) -> Piece:
 
 def _weights(fast: Adaptive) -> dict[str, Tensor]:
     """What a deployed network holds, each tensor once, under names that say whose it is."""
-    whose = ["backbone", *(f"heads.{name}" for name in fast.plan.exits)]
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in fast.body.state_dict(keep_vars=True).items():
-        part, _, rest = name.partition(".")
-        if isinstance(tensor, Tensor):
-            found.setdefault(id(tensor), (f"{whose[int(part)]}.{rest}", tensor.detach()))
+    for prefix, body, names in _bodies(fast):
+        for whose, module in zip(["backbone", *(f"heads.{name}" for name in names)], body, strict=True):
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if isinstance(tensor, Tensor):
+                    found.setdefault(id(tensor), (f"{prefix}{whose}.{name}", tensor.detach()))
     return dict(found.values())
+
+
+def _bodies(fast: Adaptive) -> list[tuple[str, list[nn.Module], tuple[str, ...]]]:
+    """Of each width: a prefix of its tensors' names, [its backbone, its heads ...], the names of these."""
+    bodies: Any = fast.body if len(fast.parts) > 1 else [fast.body]
+    parts = [(f"{part.width:g}/", part.heads) for part in fast.parts] or [("", fast.plan.exits)]
+    return [(prefix, list(body), tuple(names)) for body, (prefix, names) in zip(bodies, parts, strict=True)]
 
 
 def _fill_(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: Path) -> None:

@@ -12,12 +12,13 @@ from offramp.errors import OfframpError, PlanError
 from offramp.nn.guest import evaluating, fingerprint_of
 from offramp.nn.multiexit import MultiExit, columns_at
 from offramp.nn.output import with_logits
+from offramp.nn.sizes import sizes_of
 from offramp.nn.slim import Slimmable
 from offramp.nn.widths import exits_of, narrow_exits
 from offramp.runtime import anytime
 from offramp.runtime._evidence import gather_for
 from offramp.runtime._legs import Build, Engine, build_legs, chain
-from offramp.runtime.adaptive import Adaptive
+from offramp.runtime.adaptive import Adaptive, Part
 from offramp.runtime.budgeted import cut_short
 from offramp.runtime.deadline import ByDeadline
 from offramp.types import ExitColumn, Plan
@@ -82,7 +83,8 @@ def deploy(
     strides = {column.name: column.stride for column in _columns(net)}
     gather = gather_for(plan.task, plan.policy, [strides[name] for name in plan.exits])
     parts, ends, macs = [], [], []
-    for part, names, ended in _by_width(net, plan):
+    widths = _by_width(net, plan)
+    for _, part, names, ended in widths:
         legs = build_legs(part, names, build, gather.score if plan.setting == "input_dependent" else None)
         if plan.setting == "budgeted" and names:
             legs = cut_short(legs, answer)
@@ -90,13 +92,19 @@ def deploy(
         ends.append(ended)
         macs += _macs(part, names)[: None if ended else -1]
     pace = anytime.Pace(macs)
-    return Adaptive(chain(parts, ends), plan, answer=answer, gather=gather, shrink=shrink, engine=engine, pace=pace)
+    fast = Adaptive(chain(parts, ends), plan, answer=answer, gather=gather, shrink=shrink, engine=engine, pace=pace)
+    if isinstance(net, Slimmable):
+        fast.parts = tuple(
+            Part(width, tuple(names), {"backbone": sizes_of(part.backbone),
+                                       **{name: sizes_of(part.head(name)) for name in names}}, strides["final"])
+            for width, part, names, _ in widths)
+    return fast
 
 
-def _by_width(net: MultiExit | Slimmable, plan: Plan) -> list[tuple[MultiExit, list[str], bool]]:
-    """The network of each width that the plan runs, the names of its exits there, and whether its own end is asked."""
+def _by_width(net: MultiExit | Slimmable, plan: Plan) -> list[tuple[float, MultiExit, list[str], bool]]:
+    """Each width that the plan runs, its network, the names of its exits there, and whether its own end is asked."""
     if isinstance(net, MultiExit):
-        return [(net, list(plan.exits), True)]
+        return [(1.0, net, list(plan.exits), True)]
     columns = {column.name: column for column in _columns(net)}
     widths: dict[float, list[str]] = {}
     for name in plan.exits:
@@ -106,7 +114,7 @@ def _by_width(net: MultiExit | Slimmable, plan: Plan) -> list[tuple[MultiExit, l
     made = []
     for width, names in widths.items():
         ended = width == 1.0 or names[-1] == "final"
-        made.append((narrow_exits(net, width), [name for name in names if name != "final"], ended))
+        made.append((width, narrow_exits(net, width), [name for name in names if name != "final"], ended))
     return made
 
 

@@ -5,7 +5,7 @@ n rows of a call, m of them undecided, E exits (the plan's, then the backbone), 
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from offramp.runtime._passing import Passing
 from offramp.runtime._shrink import Crossover, Shrinker
 from offramp.types import Plan, Policy
 
-__all__ = ["Adaptive", "Answer"]
+__all__ = ["Adaptive", "Answer", "Part"]
 
 
 class Answer(NamedTuple):
@@ -34,6 +34,18 @@ class Answer(NamedTuple):
     """Of the type and keys of the untouched network's output, for these rows."""
     exit_index: int
     """Into the plan's exits; ``len(plan.exits)`` is the backbone."""
+
+
+class Part(NamedTuple):
+    """What runs of one width of a network of several."""
+
+    width: float
+    heads: tuple[str, ...]
+    """Of its exits, the columns of the full width."""
+    sizes: Mapping[str, Any]
+    """Of "backbone" and each head, as ``nn.sizes.sizes_of`` has them."""
+    stride: int
+    """Of the maps that its end says."""
 
 
 class _Piece(NamedTuple):
@@ -54,6 +66,9 @@ class Adaptive(nn.Module):
     the plan's one exit; deeper weights are gone. "anytime": ``fast(x)`` is the last answer, and earlier exits do not
     run; ``fast.anytime(x)`` gives them all.
     """
+
+    parts: tuple[Part, ...] = ()
+    """Of a network of several widths: those that run, in turn."""
 
     def __init__(self, legs: Legs, plan: Plan, *, answer: Callable[[Tensor], Any], gather: Gather,
                  shrink: bool | Literal["auto"], engine: Engine, pace: anytime.Pace) -> None:
