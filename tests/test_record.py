@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import offramp
+from functional.test_boundary import witness
 from offramp.errors import DataError, OfframpError
-from offramp.functional.boundary import boundary_distance
 from offramp.functional.confidence import top
 from offramp.functional.edges import semantic_edges, smooth_edges
 from offramp.functional.summaries import histogram
@@ -116,7 +116,7 @@ def test_wrong_pixels_by_their_distance_to_the_border() -> None:
     table = offramp.record(net, batches(x, 2, labels), latency=False)
     with torch.no_grad():
         said = torch.stack(net.eval()(x), dim=1).argmax(2)
-    apart = boundary_distance(labels)
+    apart = witness(labels)
     for d in range(31):
         there = ((apart > d) & (apart <= d + 1)) if d < 30 else apart > 30
         assert torch.equal(table.boundary_pixels[:, d], there.sum((1, 2)).int())

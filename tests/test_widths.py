@@ -157,3 +157,13 @@ def test_plans_of_other_widths_are_refused() -> None:
         net.deploy(replace(plan, exits=("one", "one@0.5"), policy=Thresholds(thresholds=(0.5, 0.5))))
     with pytest.raises(PlanError, match="columns of one width"):
         offramp.search(recorded(net), max_drop=0.5, tolerance="exact")
+
+
+@pytest.mark.parametrize("exits", [("one",), None])
+def test_a_narrow_copy_made_in_inference_mode_can_be_trained(exits: Any) -> None:
+    net = slim(exits=exits)
+    with torch.inference_mode():
+        made = net.narrow(0.5)
+    said = made(images(2))
+    (said if exits is None else said[-1]).sum().backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad and p.ndim == 4 and p.shape[0] != 16)

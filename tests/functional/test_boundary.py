@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offramp.data.scenes import Scenes
 from offramp.errors import OfframpError
-from offramp.functional.boundary import boundary_distance, boundary_labels
+from offramp.functional.boundary import boundary_labels
 
 
 def witness(labels: Tensor, ignore: int = 255) -> Tensor:
@@ -54,19 +54,9 @@ def test_another_ignore_label_and_a_radius_between() -> None:
     assert torch.equal(found == 1, witness(labels, ignore=11) <= 2.5) and torch.equal(found == 11, labels == 11)
 
 
-@pytest.mark.parametrize("name", maps())
-def test_distance_is_scipys(name: str) -> None:
-    labels = maps()[name]
-    expected = witness(labels)
-    assert torch.allclose(boundary_distance(labels), expected, rtol=1e-6, equal_nan=True)
-    near = boundary_distance(labels, limit=4)
-    assert torch.allclose(near, torch.where(expected > 4, torch.inf, expected), rtol=1e-6, equal_nan=True)
-
-
 @pytest.mark.parametrize("labels", [torch.zeros(4, 4, dtype=torch.int64), torch.zeros(1, 4, 4)])
 def test_other_things_than_label_maps_are_refused(labels: Tensor) -> None:
-    for function in (boundary_labels, boundary_distance):
-        with pytest.raises(OfframpError, match=r"integer labels \(N, H, W\)"):
-            function(labels)
+    with pytest.raises(OfframpError, match=r"integer labels \(N, H, W\)"):
+        boundary_labels(labels)
     with pytest.raises(OfframpError, match="radius >= 1"):
         boundary_labels(torch.zeros(1, 4, 4, dtype=torch.int64), 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 
-__all__ = ["boundary_distance", "boundary_labels"]
+__all__ = ["boundary_labels"]
 
 
 def boundary_labels(labels: Tensor, radius: float = 3, ignore: int = 255) -> Tensor:
@@ -47,37 +47,6 @@ def boundary_labels(labels: Tensor, radius: float = 3, ignore: int = 255) -> Ten
         _raise_to(disc[..., :-k, :], row[..., k:, :])
     found = (disc != torch.stack([own, -own])).any(0).to(torch.uint8)
     return found.masked_fill_(void, ignore)
-
-
-def boundary_distance(labels: Tensor, limit: int | None = None, ignore: int = 255) -> Tensor:
-    """How far the nearest pixel of another class is: labels (N, H, W) -> float32 (N, H, W), in pixels.
-
-    Infinite where none is (or none within ``limit`` pixels), NaN where the pixel is to be ignored; such pixels make no
-    border. ``boundary_labels`` of a radius is where this is at most that radius. Exact, by one pass along the columns
-    and one along the rows for each class (Felzenszwalb and Huttenlocher, Theory of Computing 8, 2012); errors against
-    it are Fig. 3 of SlimSeg.
-
-    >>> boundary_distance(torch.tensor([[[0, 0, 0, 1, 255]]]))
-    tensor([[[3., 2., 1., 1., nan]]])
-    """
-    _check(labels, "boundary_distance()")
-    _, height, width = labels.shape
-    reach = max(height, width) if limit is None else limit
-    found = torch.full(labels.shape, torch.nan, device=labels.device)
-    rows = torch.arange(height, device=labels.device)[:, None]
-    valid = labels != ignore
-    for label in labels[valid].unique():
-        mine = labels == label
-        above = torch.where(valid & ~mine, rows, -(2**14)).cummax(1).values
-        below = torch.where(valid & ~mine, rows, 2**14).flip(1).cummin(1).values.flip(1)
-        column = torch.minimum(rows - above, below - rows).square()
-        nearest = column.clone()
-        for k in range(1, min(reach, width - 1) + 1):
-            torch.minimum(nearest[..., k:], column[..., :-k] + k * k, out=nearest[..., k:])
-            torch.minimum(nearest[..., :-k], column[..., k:] + k * k, out=nearest[..., :-k])
-        far = nearest > reach * reach if limit is not None else nearest >= 2**26
-        found = torch.where(mine, nearest.float().sqrt().masked_fill(far, torch.inf), found)
-    return found
 
 
 def _raise_to(tensor: Tensor, other: Tensor) -> None:

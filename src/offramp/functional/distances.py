@@ -1,7 +1,8 @@
 """Where wrong pixels lie: counted by their distance to the nearest semantic border. N samples, K classes, H W space.
 
-Distances are those of ``boundary.boundary_distance``, in steps of a pixel. D = 31 bins: bin d holds (d, d + 1] pixels,
-the last one all that is further, or in a picture of one class; the first is what touches another class by an edge.
+Distances are Euclidean, to the nearest pixel of another class, in steps of a pixel. D = 31 bins: bin d holds
+(d, d + 1] pixels, the last one all that is further, or in a picture of one class; the first is what touches another
+class by an edge.
 """
 
 import torch

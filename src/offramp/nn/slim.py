@@ -65,8 +65,9 @@ class Slimmable(nn.Module):
     def narrow(self, width: float) -> nn.Module:
         """A plain copy of the guest at a width: of the guest's own classes, with small weights of its own."""
         width = self._gear.known(width, "net.narrow()")
-        made = deepcopy(self.backbone)
-        _release(made, width)
+        with torch.inference_mode(False):  # the copy may be trained, and one with exits is traced anew
+            made = deepcopy(self.backbone)
+            _release(made, width)
         return made
 
     def add_width_(self, width: float) -> "Slimmable":
