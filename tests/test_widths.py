@@ -165,5 +165,5 @@ def test_a_narrow_copy_made_in_inference_mode_can_be_trained(exits: Any) -> None
     with torch.inference_mode():
         made = net.narrow(0.5)
     said = made(images(2))
-    (said if exits is None else said[-1]).sum().backward()
-    assert all(p.grad is not None for p in made.parameters() if p.requires_grad and p.ndim == 4 and p.shape[0] != 16)
+    torch.stack([said] if exits is None else said).square().sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
