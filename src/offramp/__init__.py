@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from offramp.nn.heads import HeadSpec
     from offramp.nn.mess import MessSpec, mess_space
     from offramp.nn.multiexit import MultiExit
+    from offramp.nn.redesigned import RedesignedSpec, redesigned
     from offramp.nn.shortcut import ShortcutSpec
     from offramp.nn.slim import slim_, slim_plan
     from offramp.nn.tune import tune_
@@ -54,7 +55,7 @@ _FROM = {
     "ExitSite": "offramp.types", "ExitTable": "offramp.table", "HeadSpec": "offramp.nn.heads",
     "Latency": "offramp.table", "MessSpec": "offramp.nn.mess", "MultiExit": "offramp.nn.multiexit",
     "OfframpError": "offramp.errors", "Plan": "offramp.types", "Policy": "offramp.types",
-    "Recipe": "offramp.train.recipe",
+    "Recipe": "offramp.train.recipe", "RedesignedSpec": "offramp.nn.redesigned",
     "ShortcutSpec": "offramp.nn.shortcut", "Thresholds": "offramp.policies.thresholds",
     "attach": "offramp.nn.attach", "bench": "offramp.runtime.bench", "calibrate": "offramp.choose.calibrate",
     "compare": "offramp.choose.compare",
@@ -63,7 +64,7 @@ _FROM = {
     "load_plan": "offramp.choose.plan",
     "mess_space": "offramp.nn.mess", "place": "offramp.devices",
     "policies": "offramp.policies", "recipes": "offramp.train.recipes",
-    "record": "offramp.record", "replay": "offramp.choose.replay",
+    "record": "offramp.record", "redesigned": "offramp.nn.redesigned", "replay": "offramp.choose.replay",
     "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "schedule": "offramp.choose.schedule",
     "search": "offramp.choose.search",
     "search_front": "offramp.choose.search",
@@ -72,10 +73,10 @@ _FROM = {
 
 __all__ = [
     "Adaptive", "Comparison", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency",
-    "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "ShortcutSpec", "Thresholds", "attach",
-    "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
-    "load_plan", "mess_space", "place", "policies", "recipes", "record", "replay", "save_deployed", "save_plan",
-    "schedule", "search", "search_front", "sites", "slim_", "slim_plan", "tune_",
+    "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "RedesignedSpec", "ShortcutSpec", "Thresholds",
+    "attach", "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
+    "load_plan", "mess_space", "place", "policies", "recipes", "record", "redesigned", "replay", "save_deployed",
+    "save_plan", "schedule", "search", "search_front", "sites", "slim_", "slim_plan", "tune_",
 ]
 _MODULES = {"policies", "recipes"}
 

@@ -14,12 +14,14 @@ from offramp.nn.heads import HeadSpec, build, check_pays, default_spec, head_mac
 from offramp.nn.mess import MessSpec, blocks_before, build_mess
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.output import read_logits, task_of
+from offramp.nn.redesigned import RedesignedSpec, build_redesigned
 from offramp.nn.shortcut import ShortcutSpec, build_shortcut
 from offramp.types import ExitSite, Task
 
 __all__ = ["Heads", "attach"]
 
-Heads = HeadSpec | ShortcutSpec | MessSpec | nn.Module | Callable[["Site"], Any] | Mapping[str, Any] | None
+Heads = (HeadSpec | ShortcutSpec | MessSpec | RedesignedSpec | nn.Module | Callable[["Site"], Any] | Mapping[str, Any]
+         | None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def attach(
         or a predicate on :class:`ExitSite` places them by hand (``offramp.sites`` lists them); 0 hangs none, for a
         network that adapts by its width alone.
     heads: nothing for a default by the site's shape; a :class:`HeadSpec`, or a :class:`ShortcutSpec` for a thinned copy
-        of the network's own tail; a function of a :class:`Site` that
+        of the network's own tail, or a :class:`RedesignedSpec` for dense logits; a function of a :class:`Site` that
         returns a spec, a module or a dict of candidates; or a mapping from site names to any of these. A mapping from
         names to :class:`MessSpec`, ``offramp.mess_space()`` for one, hangs all of them at every site; those that cost
         more than leaving there could save are left out, with a line in ``net.notes``.
@@ -104,7 +106,7 @@ def _make(heads: Any, about: Site) -> dict[str, Any]:
     if isinstance(heads, Mapping) and about.site.name in heads:
         heads = heads[about.site.name]
     elif isinstance(heads, Mapping) and not any(isinstance(made, MessSpec) for made in heads.values()) and any(
-        isinstance(made, HeadSpec | ShortcutSpec | nn.Module) for made in heads.values()
+        isinstance(made, HeadSpec | ShortcutSpec | RedesignedSpec | nn.Module) for made in heads.values()
     ):
         raise HeadError(
             expected=f"heads for the site {about.site.name}", got=f"heads for {sorted(heads)}", where="attach()",
@@ -147,12 +149,14 @@ def _module(head: Any, about: Site) -> nn.Module:
     if isinstance(head, MessSpec):
         inverted = blocks_before(about.traced, about.site)
         return build_mess(head, about.site.live, about.num_classes, about.out_size, inverted)
+    if isinstance(head, RedesignedSpec):
+        return build_redesigned(head, about.site.live, about.num_classes, about.out_size)
     if isinstance(head, ShortcutSpec):
         return build_shortcut(head, about.site, about.traced, about.logits)
     if not isinstance(head, nn.Module):
         raise HeadError(
-            expected="a HeadSpec, a ShortcutSpec, a MessSpec or an nn.Module", got=type(head).__name__,
-            where=f"attach(), site {about.site.name}",
+            expected="a HeadSpec, a ShortcutSpec, a MessSpec, a RedesignedSpec or an nn.Module",
+            got=type(head).__name__, where=f"attach(), site {about.site.name}",
         )
     return head
 

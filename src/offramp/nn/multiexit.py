@@ -10,7 +10,7 @@ from offramp.errors import HeadError, PlanError
 from offramp.graph import Stage, State, Traced, begin, split
 from offramp.graph.cuts import sites_of
 from offramp.nn.output import read_logits
-from offramp.nn.reading import Layout, read_as_map, reads_of
+from offramp.nn.reading import Layout, MapReading, read_as_map, reads_of
 from offramp.types import ExitColumn, ExitSite, Task
 
 __all__ = ["MultiExit", "columns_at", "head_key"]
@@ -187,6 +187,9 @@ def _stride(head: nn.Module, site: ExitSite, said: tuple[int, ...]) -> int:
     """
     if len(said) != 4:
         return 1
+    own = getattr(head, "reading", None)
+    if isinstance(own, MapReading):
+        return max(1, round(own.scale[0])) if own.scale else 1
     size: tuple[int, int] = said[2], said[3]
     layout: Layout = getattr(getattr(head, "spec", None), "layout", "auto")
     try:

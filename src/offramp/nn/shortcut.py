@@ -18,6 +18,7 @@ from offramp.errors import HeadError
 from offramp.graph import Stage, Traced, begin
 from offramp.nn.heads import HeadSpec
 from offramp.nn.mess import MessSpec
+from offramp.nn.redesigned import RedesignedSpec
 from offramp.nn.specs import spec_data
 from offramp.types import ExitSite
 
@@ -52,11 +53,10 @@ class ShortcutSpec:
         return cls(keep=None if keep is None else tuple(keep), share=float(data["share"]))
 
 
-def spec_from_json(record: Mapping[str, Any]) -> HeadSpec | ShortcutSpec | MessSpec:
+def spec_from_json(record: Mapping[str, Any]) -> HeadSpec | ShortcutSpec | MessSpec | RedesignedSpec:
     """The spec of a head as a file keeps it, of any kind."""
-    kinds: dict[Any, Any] = {"ShortcutSpec": ShortcutSpec, "MessSpec": MessSpec}
-    made: HeadSpec | ShortcutSpec | MessSpec = kinds.get(record.get("type"), HeadSpec).from_json(record)
-    return made
+    kinds: dict[Any, Any] = {"ShortcutSpec": ShortcutSpec, "MessSpec": MessSpec, "RedesignedSpec": RedesignedSpec}
+    return kinds.get(record.get("type"), HeadSpec).from_json(record)  # type: ignore[no-any-return]
 
 
 class ShortcutHead(nn.Module):
