@@ -56,13 +56,14 @@ def slimmed(args: argparse.Namespace, seed: int) -> Slimmable:
     return offramp.slim_(fresh(args, seed), WIDTHS, example_inputs=example)
 
 
-def recipe(args: argparse.Namespace, net: nn.Module, seed: int, **how: Any) -> offramp.Recipe:
+def recipe(args: argparse.Namespace, net: nn.Module, seed: int, losses: str, teacher: str | None) -> offramp.Recipe:
     """The paper's 4.2, but for the size of crops and the number of steps."""
+    weights = LOSSES[losses]
     high, wide = size_of(args)
     crop = (high * 3 // 4 // 8 * 8, wide * 3 // 4 // 8 * 8)
     return offramp.recipes.slim(
-        epochs=args.epochs, boundary=net.low_level, lr=args.lr, batch_size=8, seed=seed,
-        augment_pair=scale_crop_flip(crop=crop), **how)
+        epochs=args.epochs, boundary=net.low_level if weights[0] else None, weights=weights, distill=teacher,
+        lr=args.lr, batch_size=8, seed=seed, augment_pair=scale_crop_flip(crop=crop))
 
 
 def trained(args: argparse.Namespace, name: str, net: nn.Module, how: offramp.Recipe) -> dict[float, float]:
@@ -85,7 +86,7 @@ def slimmable(args: argparse.Namespace, seed: int, losses: str = "seg + b + g", 
               ) -> dict[float, float]:
     """All widths together (Algorithm 1)."""
     net = slimmed(args, seed)
-    how = recipe(args, net.backbone, seed, weights=LOSSES[losses], distill=teacher)
+    how = recipe(args, net.backbone, seed, losses, teacher)
     return trained(args, f"slim-{losses.replace(' ', '')}-{teacher}-seed{seed}", net, how)
 
 
@@ -93,5 +94,5 @@ def independent(args: argparse.Namespace, seed: int, width: float) -> float:
     """One width alone, by the same losses, from labels."""
     net = slimmed(args, seed)
     made = net.narrow(width)
-    how = recipe(args, net.backbone, seed, weights=LOSSES["seg + b + g"], distill=None)
+    how = recipe(args, net.backbone, seed, "seg + b + g", None)
     return trained(args, f"alone-{width:g}-seed{seed}", made, how)[1.0]
