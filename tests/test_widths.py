@@ -99,6 +99,20 @@ def test_live_equals_replay_across_widths(form: str, exits: tuple[str, ...]) -> 
     assert everyone.sort().values.tolist() == list(range(64))
 
 
+@pytest.mark.parametrize("how", [{"engine": "compile"}, {"channels_last": True, "fold": True}], ids=str)
+def test_a_chain_of_widths_in_other_forms_says_the_same(how: dict[str, Any]) -> None:
+    net = slim()
+    table, x = recorded(net, 32), images(32)
+    assert table.logits is not None
+    exits = ("one@0.5", "final@0.5", "two")
+    ranked = table.logits[:, [table.index(name) for name in exits]].softmax(-1).amax(-1).sort(0).values
+    between = (ranked[18] + ranked[19]) / 2  # no score is near: rounding moves nobody
+    plan = Plan(exits=exits, policy=Thresholds(thresholds=tuple(map(float, between))), task="classify")
+    plain, other = net.deploy(plan), net.deploy(plan, **how)
+    torch.testing.assert_close(other(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(other.last_exits, plain.last_exits) and len(set(plain.last_exits.tolist())) > 2
+
+
 def test_macs_of_a_chain_are_those_of_the_table() -> None:
     from offramp.runtime.bench import macs_to_exits
 
