@@ -56,6 +56,7 @@ def main() -> None:
     options.add_argument("--size", default="96x128", help="of the pictures that the tables train on")
     options.add_argument("--scenes", type=int, default=1000, help="pictures to draw, of which 60 %% train")
     options.add_argument("--epochs", type=int, default=12)
+    options.add_argument("--start", choices=("trained", "nothing"), default="trained", help="what the rows start from")
     options.add_argument("--lr", type=float, default=0.01)
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--repeats", type=int, default=9)
