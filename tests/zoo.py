@@ -108,7 +108,7 @@ LIBRARY: tuple[Animal, ...] = (
     _tv("inception_v3", 96, init_weights=False, trains=False), _tv("googlenet", init_weights=False),
     _tv("fcn_resnet50", aux_loss=True, **_SEG), _tv("deeplabv3_resnet50", **_SEG),
     _tv("deeplabv3_mobilenet_v3_large", **_SEG), _tv("lraspp_mobilenet_v3_large", **_SEG),
-    _timm("hrnet_w18"), _timm("hrnet_w18", tag=":features", features_only=True), _timm("mobilenetv2_100"),
+    _timm("hrnet_w18"), _timm("hrnet_w18_small_v2", tag=":features", features_only=True), _timm("mobilenetv2_100"),
     _timm("efficientvit_b0"), _timm("fastvit_t8"), _timm("convnextv2_atto"),
     _timm("maxvit_rmlp_pico_rw_256", img_size=64),
     _timm("repvgg_a0"), _timm("levit_128s", 224), _timm("ghostnet_100"), _timm("poolformer_s12"),
