@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.offramp-installed
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install test check demo clean
+.PHONY: install test check sanitize demo clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/offramp/_kernel/*.?pp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "offramp needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". What to do: make PYTHON=python3.12 install")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[smp,text,search,report,data,dev]'
@@ -21,6 +21,13 @@ check: install
 
 test: check
 	$(BIN)/python -m pytest
+
+# The compiled kernel under the address and undefined-behaviour sanitizers: a driver of its own, no Python in it.
+sanitize:
+	mkdir -p build
+	$(CXX) -std=gnu++17 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all \
+	    src/offramp/_kernel/*.cpp tests/kernel/sanitize.cpp -o build/sanitize
+	build/sanitize
 
 demo: install
 	$(BIN)/offramp demo

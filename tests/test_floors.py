@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "offramp"
 GROUND = {"types", "errors", "_extras", "_specs"}
 BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the ground floor and itself
-    "types": set(), "errors": set(), "_extras": set(), "_specs": set(),
+    "types": set(), "errors": set(), "_extras": set(), "_specs": set(), "_kernel": set(),
     # the evidence wing: tensors and numbers, never an nn.Module
     "functional": set(), "table": set(), "policies": {"functional", "table"},
     # choose times what a policy takes to decide with the clock that times the heads it decides after

@@ -1,0 +1,17 @@
+"""Builds the CPU kernel where there is a C++ compiler; everything else about the package stands in pyproject.toml.
+
+The kernel is optional: without a compiler the install succeeds, and its first use warns what that costs.
+"""
+
+from setuptools import Extension, setup
+
+KERNEL = "src/offramp/_kernel"
+
+setup(ext_modules=[Extension(
+    "offramp._kernel._native",
+    sources=[f"{KERNEL}/{name}.cpp" for name in ("kernel", "portable", "avx2", "avx512")],
+    depends=[f"{KERNEL}/{name}.hpp" for name in ("kernel", "conv")],
+    language="c++",
+    extra_compile_args=["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"],
+    optional=True,
+)])

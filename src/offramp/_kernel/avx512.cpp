@@ -1,0 +1,21 @@
+// 32 registers of 16 floats.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernel.hpp"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx2,fma")
+#endif
+#define LANES 16
+#define PLACES(vectors) ((vectors) == 1 ? 12 : (vectors) == 2 ? 12 : (vectors) == 3 ? 8 : 6)
+#define MOST 4
+#define STEP 3
+#define PATH avx512
+#define NAME "avx512"
+#include "conv.hpp"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
