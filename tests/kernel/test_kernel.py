@@ -1,6 +1,7 @@
 """The compiled kernel against a dense simulation by PyTorch, in float64, of every instruction set of this machine."""
 
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -235,6 +236,12 @@ def test_faults_are_named() -> None:
     some = kernel.find_places(torch.eye(4) > 0)
     with pytest.raises(OfframpError, match="floats to work in"):
         kernel.convolve(packed, kernel.framed(4, 4, 3), kernel.framed(4, 4, 2), some, raw=torch.empty(3))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+def test_where_there_is_a_compiler_the_kernel_was_built() -> None:
+    """The build is optional, and would fail in silence; then all else here would be skipped."""
+    assert HERE and kernel.isa() == SETS[0] and "portable" in SETS
 
 
 def test_without_a_library_one_warning_says_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:

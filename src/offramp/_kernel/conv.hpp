@@ -110,9 +110,30 @@ void block(const Conv& c, const float* weight, int64_t first, int valid, int cha
 
 constexpr int CHUNK = 120;  // a multiple of every number of places that a block takes
 
+inline void fetch(const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / 4) __builtin_prefetch(from + i);
+}
+
+// Asks for what the next places read and write: short runs are over before the machine's own prefetcher sees them.
+inline void ahead(const Conv& c, int64_t first, int64_t last) {
+    const int64_t row = (int64_t)c.kernel * c.inputs, pitch = (int64_t)c.input_width * c.inputs;
+    for (int64_t i = first; i < last && i < c.num_active; ++i) {
+        const int32_t place = c.active[i];
+        const bool runs_on = c.stride == 1 && place == c.active[i - 1] + 1;
+        const int64_t known = runs_on ? row - c.inputs : 0;
+        const float* tap = first_tap(c, place);
+        for (int r = 0; r < c.kernel; ++r) fetch(tap + r * pitch + known, row - known);
+        fetch(c.output + (int64_t)place * c.outputs, c.outputs);
+        if (c.residual) fetch(c.residual + (int64_t)place * c.outputs, c.outputs);
+    }
+}
+
 template <int P, int B>
 void blocks(const Conv& c, const float* weight, int64_t first, int64_t last, int channel) {
-    for (; first < last; first += P) block<P, B>(c, weight, first, last - first < P ? (int)(last - first) : P, channel);
+    for (; first < last; first += P) {
+        if (channel == 0) ahead(c, first + P, first + 2 * P);
+        block<P, B>(c, weight, first, last - first < P ? (int)(last - first) : P, channel);
+    }
 }
 
 void channels(const Conv& c, const float* weight, int64_t first, int64_t last, int channel, int vectors) {
@@ -174,10 +195,17 @@ inline void interpolate(const Job& job, int64_t h, int channel) {
     }
 }
 
+constexpr int AHEAD = 8;  // halo places
+
 void halo(const Job& job, int64_t task) {
     const Conv& c = job.conv;
     const int64_t first = task * HALO_CHUNK, end = first + HALO_CHUNK, last = end < c.num_halo ? end : c.num_halo;
-    for (int64_t h = first; h < last; ++h)
+    for (int64_t h = first; h < last; ++h) {
+        if (h + AHEAD < c.num_halo) {
+            const int64_t at = (int64_t)c.halo[h + AHEAD] * c.outputs;
+            fetch(c.output + at, c.outputs);
+            if (c.residual) fetch(c.residual + at, c.outputs);
+        }
         for (int channel = 0, left; (left = (c.outputs - channel + LANES - 1) / LANES) > 0;) {
             const int vectors = left < 4 ? left : 4;
             if (vectors == 4) interpolate<4>(job, h, channel);
@@ -186,6 +214,7 @@ void halo(const Job& job, int64_t task) {
             else interpolate<1>(job, h, channel);
             channel += vectors * LANES;
         }
+    }
 }
 
 }  // namespace

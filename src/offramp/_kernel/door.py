@@ -57,11 +57,7 @@ class Packed:
 
 
 def available() -> bool:
-    """Whether the kernel was built and loads; if not, the first call of a process warns what that costs.
-
-    >>> available() == (len(isas()) > 0)
-    True
-    """
+    """Whether the kernel was built and loads; if not, the first call of a process warns what that costs."""
     return library() is not None
 
 
