@@ -110,14 +110,13 @@ API void offramp_places(const uint8_t* mask, int32_t height, int32_t width, int3
         for (int32_t x = 0; x < width; ++x) {
             const int32_t* at = map + (y + FRAME) * wide + x + FRAME;
             const int32_t place = (y + 1) * (width + 2) + x + 1;
-            if (*at == ACTIVE) {
-                active[num_active++] = place;
-                continue;
-            }
             bool touches = false;
             for (int64_t dy = -wide; dy <= wide; dy += wide)
-                touches |= at[dy - 1] == ACTIVE || at[dy] == ACTIVE || at[dy + 1] == ACTIVE;
-            if (touches) halo[num_halo++] = place;
+                touches |= (at[dy - 1] == ACTIVE) | (at[dy] == ACTIVE) | (at[dy + 1] == ACTIVE);
+            active[num_active] = place;  // written always and counted where true: a branch would often be guessed wrong
+            num_active += *at == ACTIVE;
+            halo[num_halo] = place;
+            num_halo += touches & (*at != ACTIVE);
         }
     counts[0] = num_active;
     counts[1] = num_halo;
@@ -140,10 +139,10 @@ API void offramp_neighbours(int32_t width, int32_t* map, const int32_t* active, 
         int32_t* at = in_map(halo[h]);
         for (int i = 0; i < around; ++i) {
             int32_t& there = at[window[i].dy * wide + window[i].dx];
-            if (there == SETTLED) continue;
             if (there == ACTIVE) there = slots++;
             source[pairs] = there;
-            square[pairs++] = (uint8_t)window[i].square;
+            square[pairs] = (uint8_t)window[i].square;
+            pairs += there != SETTLED;
         }
     }
     start[num_halo] = pairs;
