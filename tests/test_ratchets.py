@@ -15,8 +15,8 @@ PUBLIC = {
     "Adaptive", "Comparison", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency",
     "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "RedesignedSpec", "ShortcutSpec", "Thresholds",
     "attach", "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
-    "load_plan", "mess_space", "place", "policies", "recipes", "record", "redesigned", "replay", "save_deployed",
-    "save_plan", "schedule", "search", "search_front", "sites", "slim_", "slim_plan", "tune_",
+    "load_plan", "mask_", "mess_space", "place", "policies", "recipes", "record", "redesigned", "replay",
+    "save_deployed", "save_plan", "schedule", "search", "search_front", "sites", "slim_", "slim_plan", "tune_",
 }
 EXTRAS = {"segmentation_models_pytorch", "transformers", "optuna", "matplotlib"}
 

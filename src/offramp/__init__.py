@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from offramp.models import load_model
     from offramp.nn.attach import attach
     from offramp.nn.heads import HeadSpec
+    from offramp.nn.masked import mask_
     from offramp.nn.mess import MessSpec, mess_space
     from offramp.nn.multiexit import MultiExit
     from offramp.nn.redesigned import RedesignedSpec, redesigned
@@ -62,7 +63,7 @@ _FROM = {
     "deploy": "offramp.runtime", "fit": "offramp.train.loop", "guarantee": "offramp.choose.guarantee",
     "load_data": "offramp.data", "load_deployed": "offramp.deployed", "load_model": "offramp.models",
     "load_plan": "offramp.choose.plan",
-    "mess_space": "offramp.nn.mess", "place": "offramp.devices",
+    "mask_": "offramp.nn.masked", "mess_space": "offramp.nn.mess", "place": "offramp.devices",
     "policies": "offramp.policies", "recipes": "offramp.train.recipes",
     "record": "offramp.record", "redesigned": "offramp.nn.redesigned", "replay": "offramp.choose.replay",
     "save_deployed": "offramp.deployed", "save_plan": "offramp.choose.plan", "schedule": "offramp.choose.schedule",
@@ -75,8 +76,8 @@ __all__ = [
     "Adaptive", "Comparison", "Costs", "Evidence", "ExitColumn", "ExitSite", "ExitTable", "HeadSpec", "Latency",
     "MessSpec", "MultiExit", "OfframpError", "Plan", "Policy", "Recipe", "RedesignedSpec", "ShortcutSpec", "Thresholds",
     "attach", "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
-    "load_plan", "mess_space", "place", "policies", "recipes", "record", "redesigned", "replay", "save_deployed",
-    "save_plan", "schedule", "search", "search_front", "sites", "slim_", "slim_plan", "tune_",
+    "load_plan", "mask_", "mess_space", "place", "policies", "recipes", "record", "redesigned", "replay",
+    "save_deployed", "save_plan", "schedule", "search", "search_front", "sites", "slim_", "slim_plan", "tune_",
 ]
 _MODULES = {"policies", "recipes"}
 
