@@ -1,6 +1,8 @@
 """What happens at a cut, on networks small enough to see through."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -368,3 +370,22 @@ def test_a_network_traced_on_its_way_is_counted_once() -> None:
     unseen = torch.rand(2, 3, 24, 24)
     stage = split(traced, [])[0]
     assert count(lambda: stage(begin(traced, unseen))).total == count(net, unseen).total
+
+
+def test_threads_that_meet_a_new_kind_of_call_trace_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
+    real, inside, most = type(traced)._record, [], []
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        try:
+            return real(self, *args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(type(traced), "_record", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: traced.program_for((torch.zeros(1, 3, 16, 16),), {}), range(4)))
+    assert most == [1] and all(one is found[0] for one in found)

@@ -6,6 +6,7 @@ of another kind is traced when it comes, so that control flow on sizes or on ``s
 
 import copy
 import operator
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,7 @@ class Traced:
         self._pretend = False
         self._leaves: frozenset[str] = frozenset()
         self._programs: dict[Any, Program] = {}
+        self._tracing = threading.RLock()
         self.rows = _rows(args, kwargs)
         """Rows of the example inputs."""
         # A traced batch and some of its rows. One row is the hardest case for shapes, but also the odd one (squeeze,
@@ -116,13 +118,18 @@ class Traced:
     def program_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """The program of this call; traced now if its kind is new."""
         key = self._key(args, kwargs)
-        known = self._programs.get(key)
-        if known is None or any(fetch() is not known.constants[name] for name, fetch in known.homes.items()):
-            with torch.inference_mode(False), not_counted():
-                program, _ = self._record(args, kwargs)
-            same = {_signature(other): other for other in reversed(self._programs.values())}
-            self._programs[key] = same.get(_signature(program), program)
+        if not self._knows(key):
+            with self._tracing:  # tracing puts every module in another state for a while
+                if not self._knows(key):
+                    with torch.inference_mode(False), not_counted():
+                        program, _ = self._record(args, kwargs)
+                    same = {_signature(other): other for other in reversed(self._programs.values())}
+                    self._programs[key] = same.get(_signature(program), program)
         return self._programs[key]
+
+    def _knows(self, key: Any) -> bool:
+        known = self._programs.get(key)
+        return known is not None and all(fetch() is known.constants[name] for name, fetch in known.homes.items())
 
     def _key(self, args: Any, kwargs: Any) -> Any:
         leaves, _ = flat((args, kwargs))
