@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernel.witness import halo_of, interpolated, simulated
 from offramp import _kernel as kernel
-from offramp._kernel import library as kernel_library
+from offramp._kernel import native
 from offramp.errors import OfframpError
 
 with warnings.catch_warnings():
@@ -245,9 +245,9 @@ def test_where_there_is_a_compiler_the_kernel_was_built() -> None:
 
 
 def test_without_a_library_one_warning_says_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cached in (kernel_library.library, kernel_library.instruction_sets):
+    for cached in (native.loaded, native.instruction_sets):
         cached.cache_clear()
-    monkeypatch.setattr(kernel_library, "_files", list)
+    monkeypatch.setattr(native, "_files", list)
     try:
         with pytest.warns(UserWarning, match="compiled CPU kernel is not in use.*30 %.*reinstall") as told:
             assert not kernel.available() and not kernel.available()
@@ -255,7 +255,7 @@ def test_without_a_library_one_warning_says_the_cost(monkeypatch: pytest.MonkeyP
         with pytest.raises(OfframpError, match="available"):
             kernel.find_places(torch.ones(2, 2) > 0)
     finally:
-        for cached in (kernel_library.library, kernel_library.instruction_sets):
+        for cached in (native.loaded, native.instruction_sets):
             cached.cache_clear()
 
 
@@ -264,9 +264,9 @@ def test_a_file_that_is_no_library_of_these_sources_is_not_used(
 ) -> None:
     bad = tmp_path / "_native.so"
     bad.write_bytes(b"no library")
-    monkeypatch.setattr(kernel_library, "_files", lambda: [bad])
-    assert "cannot be loaded" in str(kernel_library._load())
+    monkeypatch.setattr(native, "_files", lambda: [bad])
+    assert "cannot be loaded" in str(native._load())
     if HERE:
         monkeypatch.undo()
-        monkeypatch.setattr(kernel_library, "INTERFACE", 7)
-        assert "other sources" in str(kernel_library._load())
+        monkeypatch.setattr(native, "INTERFACE", 7)
+        assert "other sources" in str(native._load())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp._kernel.library import Conv, instruction_sets, library
+from offramp._kernel.native import Conv, instruction_sets, loaded
 from offramp.errors import OfframpError
 
 __all__ = [
@@ -58,7 +58,7 @@ class Packed:
 
 def available() -> bool:
     """Whether the kernel was built and loads; if not, the first call of a process warns what that costs."""
-    return library() is not None
+    return loaded() is not None
 
 
 def isas() -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def isa() -> str:
 
 def shares_threads() -> bool:
     """Whether the kernel works on torch's own pool of threads; if not, on the calling thread alone."""
-    lib = library()
+    lib = loaded()
     return lib is not None and bool(lib.offramp_can_share())
 
 
@@ -88,7 +88,7 @@ def framed(height: int, width: int, channels: int) -> Tensor:
 
 def find_places(mask: Tensor) -> Places:
     """Active places, their halo and what each halo place is interpolated from: mask (H, W), bool or uint8."""
-    lib = _library("find_places()")
+    lib = _needed("find_places()")
     if mask.ndim != 2 or mask.dtype not in (torch.bool, torch.uint8) or mask.device.type != "cpu":
         raise OfframpError(expected="a mask (H, W) of bool or uint8 on the CPU", got=_told(mask),
                            where="find_places()", todo="mask[i] for one image of a batch, .cpu() for another device")
@@ -116,7 +116,7 @@ def find_places(mask: Tensor) -> Places:
 def pack(weight: Tensor, isa: str | None = None) -> Packed:
     """Weights (C_out, C_in, k, k) of a dense convolution, k = 1 or 3, in the kernel's order; ``isa`` asks for another
     instruction set than the best one. A later change of ``weight`` is not seen."""
-    lib = _library("pack()")
+    lib = _needed("pack()")
     _float(weight, "weight", "pack()")
     if weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)) or 0 in weight.shape:
         raise OfframpError(expected="a weight (C_out, C_in, k, k) with k = 1 or 3", got=_told(weight), where="pack()",
@@ -147,7 +147,7 @@ def convolve(
     H = ceil(H_in / stride); ``residual`` may be ``out``. ``scale`` and ``shift`` (C_out,) are a folded batch norm.
     ``raw``: floats to work in, at least rows x C_out rounded up to 16. ``threads``: torch's number of them.
     """
-    lib, where = _library("convolve()"), "convolve()"
+    lib, where = _needed("convolve()"), "convolve()"
     for name, tensor in (("source", source), ("out", out), ("residual", residual), ("scale", scale), ("shift", shift)):
         if tensor is not None:
             _float(tensor, name, where)
@@ -188,8 +188,8 @@ def convolve(
         abs(float(sharpness)), float(cutoff)))
 
 
-def _library(where: str) -> ctypes.CDLL:
-    lib = library()
+def _needed(where: str) -> ctypes.CDLL:
+    lib = loaded()
     if lib is None:
         raise OfframpError(expected="the compiled kernel", got="an installation without it", where=where,
                            todo="ask available() first, or reinstall offramp where there is a C++17 compiler")

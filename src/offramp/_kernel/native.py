@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 
-__all__ = ["INTERFACE", "Conv", "instruction_sets", "library"]
+__all__ = ["INTERFACE", "Conv", "instruction_sets", "loaded"]
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -72,7 +72,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The loaded library; None, after one warning in the life of the process, where there is none."""
     found = _load()
     if isinstance(found, str):
@@ -87,7 +87,7 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def instruction_sets() -> Mapping[str, int]:
     """The instruction sets that the library was built for and this machine runs, best first, with their numbers."""
-    lib = library()
+    lib = loaded()
     if lib is None:
         return MappingProxyType({})
     names = {number: lib.offramp_isa(number) for number in (2, 1, 0)}
