@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from offramp.errors import WidthError
 from offramp.graph.channels import Axis, ChannelPlan, Layer, Segment, Space
 from offramp.nn.guest import evaluating
-from offramp.nn.slim import Slimmable, _install
+from offramp.nn.slim import Slimmable, install_
 
 __all__ = ["boundary_head", "running_at", "tapped", "widths_of"]
 
@@ -93,7 +93,7 @@ def boundary_head(net: nn.Module, name: str, *args: Any, **kwargs: Any) -> nn.Mo
     plan = ChannelPlan(spaces, (Layer("0", "conv", read, middle), Layer("1", "norm", middle, middle),
                                 Layer("3", "conv", middle, last)))
     made = Slimmable(head, plan, (torch.zeros(shapes[1.0]),))
-    _install(made)
+    install_(made)
     for width in widths_of(net)[1:]:
         made.add_width_(width)
     return made

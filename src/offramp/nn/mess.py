@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from offramp.errors import HeadError
 from offramp.graph import Traced
-from offramp.nn.reading import MapReading, read_as_map, reads_of
+from offramp.nn.reading import MapHead, MapReading, read_as_map, reads_of
 from offramp.nn.specs import spec_data
 from offramp.types import ExitSite, LiveTensor
 
@@ -146,7 +146,7 @@ def build_mess(
     return MessHead(spec, read_as_map(reads, "dense", out_size), num_classes, inverted)
 
 
-class MessHead(nn.Module):
+class MessHead(MapHead):
     """A head of the space: ``head(*frontier)`` gives logits (N, K, H, W) of the output's size."""
 
     def __init__(self, spec: MessSpec, reading: MapReading, num_classes: int, inverted: Inverted | None) -> None:
@@ -164,14 +164,6 @@ class MessHead(nn.Module):
         own = 2 if spec.rapid_dilation and not spec.blocks else 1
         self.last = _fcn(width, num_classes, own) if spec.head == "fcn" else _deeplab(
             width, min(256, reading.channels), num_classes, own)
-
-    def forward(self, *frontier: Tensor) -> Tensor:
-        joined = self.reading.join(frontier)
-        return self.reading.upsample(self.on_map(joined), joined.shape[-2:])
-
-    def coarse(self, *frontier: Tensor) -> Tensor:
-        """The logits at the size of the map that the head reads, before they are resized to the output's."""
-        return self.on_map(self.reading.join(frontier))
 
     def on_map(self, x: Tensor) -> Tensor:
         """The logits of a joined map, not resized."""

@@ -18,18 +18,19 @@ masks (N, 1, 1, T) beside tokens, are passed in but not read.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offramp.errors import HeadError
 from offramp.types import LiveTensor, Task
 
-__all__ = ["Layout", "MapReading", "Read", "goal_of", "read_as_map", "reads_of", "to_vector"]
+__all__ = ["Layout", "MapHead", "MapReading", "Read", "goal_of", "read_as_map", "reads_of", "to_vector"]
 
 Layout = Literal["auto", "channels_first", "channels_last"]
 
@@ -176,3 +177,21 @@ def to_vector(x: Tensor, read: Read) -> Tensor:
     if read.kind == "tokens":
         return torch.cat([x[:, 0], x[:, 1:].mean(1)], 1) if read.class_token else x.mean(1)
     return x.mean((2, 3) if read.kind == "map" else (1, 2))
+
+
+class MapHead(nn.Module, ABC):
+    """A dense head that reads its frontier as one map; a subclass says in ``on_map`` what it makes of the map."""
+
+    reading: MapReading
+
+    def forward(self, *frontier: Tensor) -> Tensor:
+        joined = self.reading.join(frontier)
+        return self.reading.upsample(self.on_map(joined), joined.shape[-2:])
+
+    def coarse(self, *frontier: Tensor) -> Tensor:
+        """The logits at the size of the map that the head reads, before they are resized to the output's."""
+        return self.on_map(self.reading.join(frontier))
+
+    @abstractmethod
+    def on_map(self, x: Tensor) -> Tensor:
+        """The logits of a joined map, not resized."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offramp.errors import HeadError
-from offramp.nn.reading import Layout, MapReading, reads_of
+from offramp.nn.reading import Layout, MapHead, MapReading, reads_of
 from offramp.nn.specs import spec_data
 from offramp.types import LiveTensor
 
@@ -107,7 +107,7 @@ def build_redesigned(
     return RedesignedHead(spec, MapReading(tuple(reads), finest, aspect, scale), num_classes)
 
 
-class RedesignedHead(nn.Module):
+class RedesignedHead(MapHead):
     """A plain or redesigned head: ``head(*frontier)`` gives logits (N, K, H, W) of the output's size."""
 
     def __init__(self, spec: RedesignedSpec, reading: MapReading, num_classes: int) -> None:
@@ -119,14 +119,6 @@ class RedesignedHead(nn.Module):
         self.up = nn.ModuleList(_unit(wide, wide) for _ in range(spec.down - 1))
         self.flat = _unit(width, wide) if spec.down == 0 and wide else nn.Identity()
         self.last = nn.Conv2d(wide or width, num_classes, 1)
-
-    def forward(self, *frontier: Tensor) -> Tensor:
-        joined = self.reading.join(frontier)
-        return self.reading.upsample(self.on_map(joined), joined.shape[-2:])
-
-    def coarse(self, *frontier: Tensor) -> Tensor:
-        """The logits at the size of the finest map, before they are resized to the output's."""
-        return self.on_map(self.reading.join(frontier))
 
     def on_map(self, x: Tensor) -> Tensor:
         """The logits of a joined map, of its size."""

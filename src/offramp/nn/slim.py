@@ -16,7 +16,7 @@ from offramp.graph.channels import ChannelPlan, channels
 from offramp.nn._slim_fits import KINDS, Part, fit_of, own_of, refusal
 from offramp.nn._slim_layers import Fit, Gear, Rig, SlimLayer, plain_, rig_, store_key
 
-__all__ = ["Slimmable", "slim_", "slim_plan"]
+__all__ = ["Slimmable", "install_", "slim_", "slim_plan"]
 
 
 class Slimmable(nn.Module):
@@ -175,7 +175,7 @@ def slim_(
     net = Slimmable(model, plan, kwargs or args)
     found = {name: dict(module._modules) for name, module in model.named_modules()}
     try:
-        _install(net)
+        install_(net)
         for width in sorted(wanted, reverse=True)[1:]:
             net.add_width_(width)
         _verify(net, before, args, kwargs)
@@ -212,7 +212,7 @@ def _parts(plan: ChannelPlan) -> dict[str, list[Part]]:
     return parts
 
 
-def _install(net: Slimmable) -> None:
+def install_(net: Slimmable) -> None:
     """Make the plan's layers slim, all at full width yet."""
     faults = []
     parts = _parts(net.plan)
