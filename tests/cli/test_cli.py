@@ -152,13 +152,18 @@ def test_train_goes_on_or_says_why_not(run: Path, weights: Path) -> None:
     assert (run / "heads.safetensors").read_bytes() == before
 
 
-def test_run_predicts_images_as_the_table_says(run: Path, tmp_path: Path) -> None:
-    save_plan(always_first(run), run / "plan.json")
-    images = tmp_path / "images"
-    images.mkdir()
+def photos_in(folder: Path) -> Path:
+    """Three of them, 0.png to 2.png."""
+    folder.mkdir()
     for k in range(3):
         pixels = np.random.default_rng(k).integers(0, 255, (32, 48, 3), np.uint8)
-        Image.fromarray(pixels).save(images / f"{k}.png")
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    return folder
+
+
+def test_run_predicts_images_as_the_table_says(run: Path, tmp_path: Path) -> None:
+    save_plan(always_first(run), run / "plan.json")
+    images = photos_in(tmp_path / "images")
     call("run", images, "--model", run, "--out", tmp_path / "answers")
     rows = list(csv.DictReader((tmp_path / "answers" / "predictions.csv").open()))
     assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png"]

@@ -5,14 +5,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 
 import offramp
-from cli.test_cli import call, one_thread, refused  # noqa: F401
+from cli.test_cli import call, one_thread, photos_in, refused  # noqa: F401
 from offramp.choose.plan import load_plan, save_plan
 from offramp.cli import widths as of_widths
 from offramp.cli.bench import CutAt
@@ -114,11 +112,7 @@ def test_budgeted_search_chooses_a_width_and_what_runs_is_that_narrow_network(ru
     assert len(front) >= 1 and all(len(one["exits"]) <= 1 for one in front)
 
     with_plan(run, "final@0.5")
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for k in range(3):
-        pixels = np.random.default_rng(k).integers(0, 255, (32, 48, 3), np.uint8)
-        Image.fromarray(pixels).save(photos / f"{k}.png")
+    photos = photos_in(tmp_path / "photos")
     call("run", photos, "--model", run, "--out", tmp_path / "answers")
     rows = list(csv.DictReader((tmp_path / "answers" / "predictions.csv").open()))
     found, net = opened(run)
