@@ -61,6 +61,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--repeats", type=int, default=9)
     options.add_argument("--device", default="cpu")
+    options.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the training passes")
     options.add_argument("--progress", action="store_true")
     options.add_argument("--quick", action="store_true")
     args = options.parse_args()

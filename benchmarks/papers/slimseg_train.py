@@ -94,10 +94,12 @@ def recipe(args: argparse.Namespace, net: nn.Module, seed: int, losses: str, tea
 
 def trained(args: argparse.Namespace, name: str, net: nn.Module, how: offramp.Recipe) -> dict[float, float]:
     """mIoU in % at each width, of a run that is made or found."""
-    folder = args.work / f"{args.on}-{args.network}-{args.size}-{args.epochs}-from-{args.start}" / name
+    kind = f"{args.on}-{args.network}-{args.size}-{args.epochs}-{args.precision}-from-{args.start}"
+    folder = args.work / kind / name
     train, held = splits(args)
     if not (folder / "table" / "table.json").is_file():
-        offramp.fit(net, train, how, run_dir=folder, device=args.device, checkpoint_every=50, progress=args.progress)
+        offramp.fit(net, train, how, run_dir=folder, device=args.device, checkpoint_every=50, progress=args.progress,
+                    precision=None if args.precision == "fp32" else "bf16")
         slim = net if isinstance(net, Slimmable) else offramp.attach(
             net, torch.randn(2, 3, *size_of(args)), exits=0)
         offramp.record(slim, torch.utils.data.DataLoader(held, batch_size=8), split="held", device=args.device,
