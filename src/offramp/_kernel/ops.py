@@ -12,8 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["Conv", "Level", "Map", "Op", "Pool", "Program", "Read", "Region", "Resize", "Segment", "Sum", "Term", "View",
-           "Window"]
+__all__ = [
+    "Conv", "Level", "Map", "Op", "Pool", "Program", "Read", "Region", "Resize", "Segment", "Sum", "Term", "View",
+    "Window",
+]
 
 
 @dataclass(frozen=True)
