@@ -9,7 +9,7 @@ from torch import Tensor
 from offramp.errors import OfframpError
 
 __all__ = ["Lesson", "binary_cross_entropy", "cross_entropy", "distillation", "kl_to_teacher", "ohem_cross_entropy",
-           "positive_filtering", "soft_cross_entropy"]
+           "positive_filtering", "soft_cross_entropy", "squared_error"]
 
 
 def kl_to_teacher(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -35,15 +35,44 @@ def kl_to_teacher(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
     return temperature**2 * apart.mean()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, ignore: int = 255, weights: Tensor | None = None) -> Tensor:
     """Mean over labelled positions: logits (N, K, ...), labels (N, ...); zero, with gradient, where none is labelled.
+
+    weights: (K,), what a position of each class counts in the mean; all alike unless given.
 
     >>> import torch
     >>> round(cross_entropy(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]])).item(), 4)
     0.6931
     """
-    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignore, reduction="sum")
-    return total / (labels != ignore).sum().clamp(min=1)
+    total = F.cross_entropy(logits.float(), labels.long(), weights, ignore_index=ignore, reduction="sum")
+    known = labels != ignore
+    if weights is None:
+        return total / known.sum().clamp(min=1)
+    return total / weights[labels[known].long()].sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def squared_error(maps: Tensor, goal: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean square of what heatmaps are off: maps and goal (N, K, H, W) -> scalar.
+
+    Where the goal is NaN nothing counts; where it is nowhere else the mean is zero, with gradient. weights: (K,), what
+    a position of each map counts in the mean. HRNet's code for poses, which ADP-C follows, takes half of this, and
+    joints that do not count are zeros in its mean.
+
+    >>> import torch
+    >>> squared_error(torch.zeros(1, 1, 1, 3), torch.tensor([[[[2.0, 0.0, math.nan]]]])).item()
+    2.0
+    """
+    if maps.shape != goal.shape:
+        raise OfframpError(expected="heatmaps and goal of one shape", where="squared_error()",
+                           got=f"{tuple(maps.shape)} and {tuple(goal.shape)}",
+                           todo="draw the goal at the size of the network's own output")
+    known = ~goal.isnan()
+    counts = known.float()
+    if weights is not None:
+        counts = counts * weights[:, None, None]
+    # the goal is replaced before the difference is taken: NaN would survive a product with 0, in the gradient too
+    squares = (maps.float() - torch.where(known, goal, 0)).square()
+    return (counts * squares).sum() / counts.sum().clamp(min=torch.finfo(counts.dtype).tiny)
 
 
 def ohem_cross_entropy(

@@ -23,7 +23,7 @@ from offramp.nn._slim_layers import SlimLayer
 from offramp.nn.multiexit import MultiExit, head_key
 from offramp.nn.reading import MapReading
 
-__all__ = ["Masked", "MaskedAnswers", "mask_"]
+__all__ = ["Masked", "MaskedAnswers", "coarse_logits", "mask_"]
 
 _THRESHOLDS: dict[str, float] = {"top": 0.998, "value": 0.002}  # ADP-C's, for pixels and for poses
 
@@ -80,6 +80,10 @@ class Masked(nn.Module):
         them, an active neighbour and channel each; all else, resizing and the exits passed too, as
         :mod:`offramp.cost.macs` counts it. The network runs in eval mode and is left as found.
         """
+        return self.counted(*args, **kwargs)[1]
+
+    def counted(self, *args: Any, **kwargs: Any) -> tuple[MaskedAnswers, Tensor]:
+        """What ``masked.answers(...)`` says in eval mode, without gradients, and ``masked.macs(...)``, in one run."""
         frame, counter = self._frame(), MacCounter()
         frame.counting = True
         rows = next(len(leaf) for leaf in flat((args, kwargs))[0] if isinstance(leaf, Tensor))
@@ -91,13 +95,15 @@ class Masked(nn.Module):
 
         with as_found(self, mode=False), torch.no_grad(), counter:
             if self.enabled:
-                self._run(frame, args, kwargs, note)
+                answers = self._run(frame, args, kwargs, note)
             else:
+                answers = MaskedAnswers([], [])
                 state: Any = self.net.begin(*args, **kwargs)
                 for k in range(len(self.net.sites) + 1):
-                    state, _ = self.net.step(k, state)
+                    state, said = self.net.step(k, state)
+                    answers.logits.append(said if k < len(self.net.sites) else self.net.logits(said))
                     note()
-        return torch.stack(columns, 1)
+        return answers, torch.stack(columns, 1)
 
     def unmask_(self) -> MultiExit:
         """Make its layers the plain ones that they were; the network, which can be masked again."""
@@ -119,9 +125,9 @@ class Masked(nn.Module):
             state: Any = net.begin(*args, **kwargs)
             for k in range(len(net.sites)):
                 state = net.stages[k](state)
-                coarse, resize = _coarse(net.head(net.columns[net.columns_at(k)[0]].name), state.tensors)
+                coarse, resize = coarse_logits(net.head(net.columns[net.columns_at(k)[0]].name), state.tensors)
                 coarse = frame.carry(coarse)
-                mask = self._active(coarse, k)
+                mask = self.goes_on(coarse, k)
                 if frame.mask is not None:
                     mask &= frame.mask_at((coarse.shape[2], coarse.shape[3]))
                 frame.settle(mask, coarse)
@@ -134,12 +140,13 @@ class Masked(nn.Module):
             note()
         return MaskedAnswers(logits, masks)
 
-    def _active(self, coarse: Tensor, k: int) -> Tensor:
+    def goes_on(self, coarse: Tensor, k: int) -> Tensor:
+        """The places of exit k's own logits (N, K, h, w) that are active after it, were all so before: (N, 1, h, w)."""
         generator = torch.Generator().manual_seed(self.seed + k) if self.confidence == "random" else None
         return active(coarse, self.confidence, self.threshold, share=self.share, generator=generator, grid=self.grid)
 
 
-def _coarse(head: nn.Module, frontier: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def coarse_logits(head: nn.Module, frontier: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """A head's logits before they are resized, and what resizes them."""
     reading, on_map = getattr(head, "reading", None), getattr(head, "on_map", None)
     if not isinstance(reading, MapReading) or on_map is None:

@@ -63,7 +63,7 @@ def fit(
 
     net: made by :func:`offramp.attach` for recipes of exits, and then by :func:`offramp.slim_` where they are to learn
         at every width of a frozen network; for ``recipes.slim()`` by ``slim_`` alone, or a plain network, which is one
-        of a single width.
+        of a single width. For ``recipes.anytime()`` by ``attach`` alone, or then by :func:`offramp.mask_`.
     data: a dataset, or a loader of batches: a tensor, (inputs, labels), (inputs,), or a dict of arguments by name. For
         a recipe without labels, labels in there are dropped unread.
     run_dir: where features, ``checkpoint.safetensors`` and ``log.jsonl`` go; without it nothing is kept, nor resumed.
@@ -92,7 +92,8 @@ def fit(
             f"precision None or 'bf16', not {precision!r}": precision not in (None, "bf16"),
             f"engine 'eager' or 'compile', not {engine!r}": engine not in ("eager", "compile"),
             # torch.compile breaks the graph at every layer that looks up its width, and gives up after eight of them
-            "engine 'eager' for networks of widths": engine == "compile" and not isinstance(subject, ExitSubject),
+            "engine 'eager' for networks of widths or masks":
+                engine == "compile" and not isinstance(subject, ExitSubject),
         }.items() if wrong
     ] + subject.faults
     if faults:

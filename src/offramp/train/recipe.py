@@ -1,5 +1,6 @@
 """What a training run does, in one frozen value: a recipe is made by a function of ``recipes`` and given to ``fit``."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 
-__all__ = ["Recipe", "SlimStep"]
+__all__ = ["AnytimeStep", "Recipe", "SlimStep"]
 
 Augment = Callable[[Tensor], Tensor]
 AugmentPair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -57,6 +58,35 @@ class SlimStep:
         }
         if faults := [expected for expected, holds in checks.items() if not holds]:
             raise OfframpError("SlimStep: expected " + "; ".join(faults) + ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnytimeStep:
+    """How a step trains all exits of a dense network, masks on or off: ADP-C.
+
+    >>> AnytimeStep(mask_from=-1)
+    Traceback (most recent call last):
+        ...
+    offramp.errors.OfframpError: AnytimeStep: expected mask_from >= 0, not -1.
+    """
+
+    says: Literal["classes", "heatmaps"] = "classes"
+    """What an exit's channels are: classes, by cross-entropy, or heatmaps, by the mean squared error."""
+    mask_from: int = 0
+    """The epoch from which masks are on, where the network has any; before, all exits run unmasked."""
+    channel_weights: tuple[float, ...] | None = None
+    """What a position of each class, or of each joint's heatmap, counts in the mean; None: all alike."""
+
+    def __post_init__(self) -> None:
+        weights = self.channel_weights
+        checks = {
+            f"says classes or heatmaps, not {self.says!r}": self.says in ("classes", "heatmaps"),
+            f"mask_from >= 0, not {self.mask_from}": self.mask_from >= 0,
+            f"channel_weights >= 0 with one above, not {weights}":
+                weights is None or (all(w >= 0 for w in weights) and any(weights)),
+        }
+        if faults := [expected for expected, holds in checks.items() if not holds]:
+            raise OfframpError("AnytimeStep: expected " + "; ".join(faults) + ".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +152,8 @@ class Recipe:
     change their size. All views are drawn, the first one too, so that they have one size."""
     slim: SlimStep | None = None
     """For networks of several widths; None for networks with exits."""
+    anytime: AnytimeStep | None = None
+    """For the exits of dense networks, end to end, masks on (:func:`offramp.mask_`) or off."""
     seed: int = 0
     """All that is random follows from it and the step's number alone, so that a resumed run repeats an unbroken one."""
 
@@ -161,6 +193,12 @@ class Recipe:
             "loss='labels', freeze=False and no weights, dropout, distill or views beside slim": self.slim is None or (
                 self.loss == "labels" and not self.freeze and self.weights is None and self.dropout is None
                 and self.distill == 0 and self.views == 1),
+            "loss='labels', freeze=False and no slim, dropout, distill or views beside anytime":
+                self.anytime is None or (
+                self.loss == "labels" and not self.freeze and self.slim is None and self.dropout is None
+                and self.distill == 0 and self.views == 1),
+            f"loss_stride 1 for heatmaps, not {self.loss_stride}":
+                self.anytime is None or self.anytime.says == "classes" or self.loss_stride == 1,
             "no ema beside sandwich, whose norms would be those of other weights":
                 self.slim is None or self.slim.sandwich is None or self.ema is None,
         }
@@ -229,8 +267,7 @@ class Recipe:
                 data[name] = f"{getattr(function, '__module__', '')}:{own}"
         if self.weights is not None:
             data["weights"] = list(self.weights)
-        if self.slim is None:
-            del data["slim"]  # checkpoints of recipes for exits are older than it
-        else:
-            data["slim"] = asdict(self.slim)
+        for name in ("slim", "anytime"):
+            if (step := data.pop(name)) is not None:  # checkpoints of other recipes are older than these
+                data[name] = json.loads(json.dumps(asdict(step)))
         return {"type": "Recipe", "version": 1, "data": data}

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.train.augment import scale_crop_flip
-from offramp.train.recipe import Augment, AugmentPair, Recipe, SlimStep
+from offramp.train.recipe import AnytimeStep, Augment, AugmentPair, Recipe, SlimStep
 
-__all__ = ["eenet", "exit_aware", "final_only", "flip", "flip_shift", "frozen", "joint", "kd", "label_free", "mess",
-           "scale_crop_flip", "self_distill", "slim"]
+__all__ = ["anytime", "eenet", "exit_aware", "final_only", "flip", "flip_shift", "frozen", "joint", "kd", "label_free",
+           "mess", "scale_crop_flip", "self_distill", "slim"]
 
 
 def label_free(
@@ -157,6 +157,31 @@ def slim(
     made = joint(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, warmup=0.0, clip=clip,
                  augment_pair=augment_pair, loss_stride=loss_stride, seed=seed)
     return replace(made, momentum=momentum, slim=step)
+
+
+def anytime(
+    *, epochs: int, weights: Sequence[float] | None = None, says: Literal["classes", "heatmaps"] = "classes",
+    channel_weights: Sequence[float] | None = None, mask_from: int = 0, lr: float = 0.01, batch_size: int = 12,
+    momentum: float = 0.9, weight_decay: float = 5e-4, clip: float | None = None,
+    augment_pair: AugmentPair | None = None, loss_stride: int = 1, seed: int = 0,
+) -> Recipe:
+    """A dense network and all its exits learn from labels, end to end, with masks on where it has any.
+
+    ADP-C (arXiv:2104.00749), 3.2 and its appendix: the sum of the exits' losses, each weighing 1 unless ``weights``
+    says otherwise, SGD from 0.01 by poly 0.9. ``offramp.mask_(net)`` trains what its dense simulation says, so that
+    gradients of what is settled reach the exit that said it, and of what is interpolated the lambdas, which learn with
+    their convolutions; a plain network with exits trains without masks. ``channel_weights`` are those of classes.
+    For poses ``says="heatmaps"``: labels are float heatmaps of the output's size, NaN where they do not count, and the
+    loss is the mean squared error; the paper's are Adam's (``dataclasses.replace(..., optimiser="adamw")``), masks on
+    from epoch 10 (``mask_from``), since all values are near zero before.
+
+    Our momentum is Nesterov's, and biases, norms and lambdas do not decay; the paper says nothing of either.
+    """
+    made = joint(epochs=epochs, weights=weights, lr=lr, batch_size=batch_size, weight_decay=weight_decay, warmup=0.0,
+                 clip=clip, augment_pair=augment_pair, loss_stride=loss_stride, seed=seed)
+    step = AnytimeStep(says=says, mask_from=mask_from,
+                       channel_weights=None if channel_weights is None else tuple(channel_weights))
+    return replace(made, momentum=momentum, anytime=step)
 
 
 def flip(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run trains: the exits of a network, or its widths. The loop is the same."""
+"""What a run trains: the exits of a network, masked or not, or its widths. The loop is the same."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, final
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import OfframpError
+from offramp.nn.masked import Masked
 from offramp.nn.multiexit import MultiExit, columns_at
 from offramp.nn.slim import Slimmable
+from offramp.train.anytime import AnytimeSubject
 from offramp.train.batches import Batch, Source
 from offramp.train.features import Features, module_fingerprint
 from offramp.train.recipe import Recipe
@@ -68,6 +70,8 @@ class Subject(Protocol):
 
 def subject_of(net: nn.Module, recipe: Recipe) -> Subject:
     """The exits of a network that has some, else its widths; OfframpError where the recipe is for the other."""
+    if recipe.anytime is not None or isinstance(net, Masked):
+        return AnytimeSubject(net, recipe)
     if isinstance(net, Slimmable) and isinstance(net.backbone, MultiExit) and recipe.slim is None:
         return WidthExits(net, net.backbone, recipe)
     if not isinstance(net, MultiExit):
