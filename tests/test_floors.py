@@ -18,7 +18,8 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "choose": {"functional", "table", "policies", "exhaustive", "cost"},
     "report": {"functional", "table", "policies", "choose", "cost"},
     # the model wing
-    "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": set(), "models": set(),
+    "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": {"functional"},
+    "models": set(),
     "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},
     # the bridges from model to evidence; what single pixels cost depends on which, so no table can hold it
     "record": {"nn", "graph", "cost", "table", "functional", "data"},
@@ -27,6 +28,8 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "deployed": {"runtime", "nn", "graph", "policies", "choose", "table"},
     # which part of a network a device holds: a network's costs, or those that its table has
     "devices": {"nn", "record", "table"},
+    # one image in pictures: a network's answers, as the report draws them
+    "walks": {"nn", "runtime", "report", "functional", "cost"},
     "testing": {"functional", "table", "policies", "choose", "nn", "runtime"},
 }
 ROOF = {"__init__", "__main__", "cli"}  # may import everything

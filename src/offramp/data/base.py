@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor
@@ -92,7 +92,9 @@ class Prepare:
         image = image.as_subclass(Tensor).to(torch.float32) / 255
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
-        return (image - mean) / std, None if label is None else label.as_subclass(Tensor).to(torch.int64)
+        if label is None or label.is_floating_point():  # a heatmap is no class
+            return (image - mean) / std, label
+        return (image - mean) / std, label.as_subclass(Tensor).to(torch.int64)
 
     def augmented(self, image: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.augment is None:
@@ -106,9 +108,10 @@ class Prepare:
 class Split(Dataset[Any], ABC):
     """One named split of a source: gives (image, label), or the image alone where it has no labels.
 
-    Attributes that other rooms read: ``source``, ``split``, ``task``, ``class_names``, ``palette``, ``labels`` (bool),
-    ``names`` (what identifies each image, for overlap checks and reports) and ``fingerprint``. The fingerprint names
-    the images and their preparation, not the labels: the same images with and without labels have the same one.
+    Attributes that other rooms read: ``source``, ``split``, ``task``, ``says``, ``class_names``, ``palette``,
+    ``labels`` (bool), ``names`` (what identifies each image, for overlap checks and reports) and ``fingerprint``. The
+    fingerprint names the images and their preparation, not the labels: the same images with and without labels have
+    the same one.
     """
 
     source: str
@@ -119,6 +122,8 @@ class Split(Dataset[Any], ABC):
     names: Sequence[str]
     prepare: Prepare
     palette: Palette = ()
+    says: Literal["classes", "heatmaps"] = "classes"
+    """What labels are, and what channels of a network are that is right for them."""
 
     @abstractmethod
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +165,7 @@ class Joined(Split):
         first = parts[0]
         self.parts = tuple(parts)
         self.source, self.task, self.class_names = first.source, first.task, first.class_names
-        self.palette = first.palette
+        self.palette, self.says = first.palette, first.says
         self.split = "+".join(part.split for part in parts)
         self.labels = all(part.labels for part in parts)
         self.names = [name for part in parts for name in part.names]

@@ -16,7 +16,7 @@ from offramp.data.base import IGNORE, Faults, Palette, Prepare, Split, by_hash
 from offramp.errors import DataError
 from offramp.types import Task
 
-__all__ = ["IMAGE_SUFFIXES", "Drawn", "FileSplit", "halves", "image_files", "paired", "subfolder"]
+__all__ = ["IMAGE_SUFFIXES", "Drawn", "FileSplit", "decoded", "halves", "image_files", "paired", "subfolder"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 CHECKED_AT_START = 4096
@@ -76,6 +76,16 @@ def paired(images: Mapping[str, Path], labels: Mapping[str, Path], where: str, *
         compare(labels, images, names[0])
     faults.raise_if_any()
     return [labels[key] for key in images]
+
+
+def decoded(file: Path, where: str, *, rgb: bool = False) -> Tensor:
+    """The pixels of an image file as it has them, or with ``rgb`` as uint8 (H, W, 3); DataError where it has none."""
+    try:
+        with Image.open(file) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB") if rgb else picture))
+    except _BROKEN as error:
+        raise DataError(expected="an image that can be read", got=f"{file} ({_why(error)})", where=where,
+                        todo=UNREADABLE) from error
 
 
 @final
@@ -154,7 +164,7 @@ class FileSplit(Split):
         faults.raise_if_any()
 
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
-        image = self._decode(self.files[index], rgb=True).permute(2, 0, 1)
+        image = decoded(self.files[index], self._where, rgb=True).permute(2, 0, 1)
         target = None if self.targets is None else self.targets[index]
         picture = None if target is None or isinstance(target, int) else self._label(target)
         if picture is not None and picture.shape != image.shape[1:]:
@@ -169,16 +179,8 @@ class FileSplit(Split):
                 picture = v2.functional.resize(picture[None], list(self.prepare.size), interpolation=nearest)[0]
         return image, torch.tensor(target) if isinstance(target, int) else picture
 
-    def _decode(self, file: Path, *, rgb: bool = False) -> Tensor:
-        try:
-            with Image.open(file) as picture:
-                return torch.from_numpy(np.array(picture.convert("RGB") if rgb else picture))
-        except _BROKEN as error:
-            raise DataError(expected="an image that can be read", got=f"{file} ({_why(error)})", where=self._where,
-                            todo=UNREADABLE) from error
-
     def _label(self, target: Path | Drawn) -> Tensor:
-        raw = self._decode(target) if isinstance(target, Path) else torch.from_numpy(target())
+        raw = decoded(target, self._where) if isinstance(target, Path) else torch.from_numpy(target())
         if raw.ndim != 2:
             raise DataError(expected="a label picture with one value per pixel, the class", where=self._where,
                             got=f"{_told(target)} with {raw.shape[-1]} channels",

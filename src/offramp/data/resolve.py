@@ -15,7 +15,9 @@ from offramp.data.camvid import camvid
 from offramp.data.cifar10 import cifar10
 from offramp.data.cityscapes import cityscapes
 from offramp.data.coco import coco
+from offramp.data.figures import figures
 from offramp.data.imagefolder import imagefolder
+from offramp.data.mpii import mpii
 from offramp.data.scenes import scenes
 from offramp.data.voc import voc
 from offramp.errors import DataError, OfframpError
@@ -24,8 +26,10 @@ __all__ = ["Foreign", "load_data"]
 
 READERS: dict[str, Callable[..., Source]] = {
     "camvid": camvid, "cifar10": cifar10, "cityscapes": cityscapes, "coco": coco, "imagefolder": imagefolder,
-    "voc": voc,
+    "mpii": mpii, "voc": voc,
 }
+DRAWN: dict[str, Callable[..., Source]] = {"figures": figures, "scenes": scenes}
+"""Built in: they have no path."""
 PREPARE_OPTIONS = ("size", "mean", "std")
 
 
@@ -43,9 +47,10 @@ def load_data(
 ) -> Source | Split:
     """Find data by what a user types; the whole source, or one of its splits (or several, as ``train+unlabelled``).
 
-    ``spec`` is ``camvid:PATH``, ``cityscapes:PATH``, ``voc:PATH``, ``coco:PATH``, ``cifar10:PATH``,
-    ``imagefolder:PATH`` or ``scenes``, each with options such as ``?size=96x128`` (also mean and std; train=trainaug
-    and sbd for voc, min_area for coco, n, difficulty=0.2-0.8 and task for scenes, seed for all that draw), or
+    ``spec`` is ``camvid:PATH``, ``cityscapes:PATH``, ``voc:PATH``, ``coco:PATH``, ``cifar10:PATH``, ``mpii:PATH``,
+    ``imagefolder:PATH``, ``scenes`` or ``figures``, each with options such as ``?size=96x128`` (also mean and std;
+    train=trainaug and sbd for voc, min_area for coco, sigma for mpii and figures, n and difficulty=0.2-0.8 for scenes
+    and figures, task for scenes, seed for all that draw), or
     ``package.module:callable``: a function that takes ``split`` and the options and returns a Dataset, or that takes
     the options alone and returns a Source or a dict of Datasets by split. Arguments here win over options in ``spec``.
 
@@ -89,14 +94,14 @@ def _size(value: Any, spec: str) -> tuple[int, int]:
 
 
 def _source(spec: Spec, options: dict[str, Any], prepare: dict[str, Any]) -> Source:
-    if spec.kind == "scenes":
+    if spec.kind in DRAWN:
         if spec.name:
-            raise DataError(expected="scenes without a path", got=repr(spec.text), where="load_data",
-                            todo="scenes are drawn by program: scenes?size=96x128&n=400")
-        size = prepare.pop("size", (96, 128))
+            raise DataError(expected=f"{spec.kind} without a path", got=repr(spec.text), where="load_data",
+                            todo=f"{spec.kind} are drawn by program: {spec.kind}?size=96x128&n=400")
+        fixed = {"size": prepare.pop("size", (96, 128))} if spec.kind == "scenes" else {}
         if "difficulty" in options:
             options["difficulty"] = _range(options["difficulty"], spec.text)
-        source: Source = _call(scenes, options, spec, size=size, prepare=Prepare(**prepare))
+        source: Source = _call(DRAWN[spec.kind], options, spec, **fixed, prepare=Prepare(**prepare))
         return source
     if spec.kind in READERS:
         if not spec.name:
@@ -110,15 +115,15 @@ def _source(spec: Spec, options: dict[str, Any], prepare: dict[str, Any]) -> Sou
         source = _call(partial(reader, spec.name), options, spec, prepare=Prepare(**prepare))
         return source
     if spec.name and "/" not in spec.kind:
-        if "." not in spec.kind and (close := near(spec.kind, [*READERS, "scenes"])).startswith("did you mean"):
+        if "." not in spec.kind and (close := near(spec.kind, [*READERS, *DRAWN])).startswith("did you mean"):
             raise DataError(expected=_known(), got=repr(spec.text), where="load_data", todo=close)
         return _foreign_source(spec, options, prepare)
-    close = near(spec.kind, [*READERS, "scenes"])
+    close = near(spec.kind, [*READERS, *DRAWN])
     raise DataError(expected=_known(), got=repr(spec.text), where="load_data", todo=close)
 
 
 def _known() -> str:
-    return f"data named {', '.join(f'{k}:PATH' for k in READERS)}, scenes or package.module:callable"
+    return f"data named {', '.join([*(f'{k}:PATH' for k in READERS), *DRAWN])} or package.module:callable"
 
 
 def _range(value: Any, spec: str) -> tuple[float, float]:
