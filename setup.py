@@ -9,8 +9,8 @@ KERNEL = "src/offramp/_kernel"
 
 setup(ext_modules=[Extension(
     "offramp._kernel._native",
-    sources=[f"{KERNEL}/{name}.cpp" for name in ("kernel", "portable", "avx2", "avx512")],
-    depends=[f"{KERNEL}/{name}.hpp" for name in ("kernel", "conv")],
+    sources=[f"{KERNEL}/{name}.cpp" for name in ("kernel", "geometry", "portable", "avx2", "avx512")],
+    depends=[f"{KERNEL}/{name}.hpp" for name in ("kernel", "body", "vector", "conv", "sum")],
     language="c++",
     extra_compile_args=["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"],
     optional=True,

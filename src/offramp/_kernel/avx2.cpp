@@ -14,7 +14,7 @@
 #define STEP 2
 #define PATH avx2
 #define NAME "avx2"
-#include "conv.hpp"
+#include "body.hpp"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

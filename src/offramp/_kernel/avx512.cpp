@@ -14,7 +14,7 @@
 #define STEP 3
 #define PATH avx512
 #define NAME "avx512"
-#include "conv.hpp"
+#include "body.hpp"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,225 +1,237 @@
-// The body that each instruction set compiles for itself; it says LANES, PLACES(vectors), MOST, STEP, PATH before.
-//
-// Everything has internal linkage and nothing comes from the standard library: a function shared between the sets could
-// be taken by the linker from the wrong one.
-namespace offramp {
-namespace {
-
-typedef float V __attribute__((vector_size(LANES * 4)));
-typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-inline V load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
-inline void store(float* to, V value) { *reinterpret_cast<Loose*>(to) = value; }
-
-#if LANES == 16
-inline __mmask16 leading(int count) { return (__mmask16)((1u << count) - 1); }
-inline V load_part(const float* from, int count) { return (V)_mm512_maskz_loadu_ps(leading(count), from); }
-inline void store_part(float* to, V value, int count) { _mm512_mask_storeu_ps(to, leading(count), (__m512)value); }
-inline V spread(float value) { return (V)_mm512_set1_ps(value); }
-#elif LANES == 8
-const int32_t LEADING[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
-inline __m256i leading(int count) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(LEADING + 8 - count)); }
-inline V load_part(const float* from, int count) { return (V)_mm256_maskload_ps(from, leading(count)); }
-inline void store_part(float* to, V value, int count) { _mm256_maskstore_ps(to, leading(count), (__m256)value); }
-inline V spread(float value) { return (V)_mm256_set1_ps(value); }
-#else
-inline V load_part(const float* from, int count) {
-    V value = {};
-    for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
-    return value;
-}
-inline void store_part(float* to, V value, int count) {
-    for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
-}
-inline V spread(float value) { return V{value, value, value, value}; }
-#endif
-
-inline V load_upto(const float* from, int count) { return count >= LANES ? load(from) : load_part(from, count); }
+// Convolutions at active places. See body.hpp.
 
 // Folded batch norm, residual and ReLU of one vector of channels at one place.
-inline void finish(const Conv& c, int64_t place, int channel, int count, V raw, V scale, V shift) {
-    V value = raw * scale + shift;
-    const int64_t at = place * c.outputs + channel;
-    if (c.residual) value += load_upto(c.residual + at, count);
-    if (c.relu) value = value < V{} ? V{} : value;  // a NaN stays one, as in torch
-    if (count >= LANES) store(c.output + at, value);
-    else store_part(c.output + at, value, count);
+inline void finish(const Conv& c, float* out, const float* residual, int count, V value) {
+    if (residual) value += load_upto(residual, count);
+    store_upto(out, c.relu ? relu(value) : value, count);
 }
-
-inline V scale_of(const Conv& c, int channel, int count) {
-    return c.scale ? load_upto(c.scale + channel, count) : spread(1.0f);
-}
-inline V shift_of(const Conv& c, int channel, int count) { return c.shift ? load_upto(c.shift + channel, count) : V{}; }
-
-inline int64_t padded(const Conv& c) { return (c.outputs + RAW_STEP - 1) / RAW_STEP * RAW_STEP; }
 
 // Where the first tap of an output place lies in the input.
-inline const float* first_tap(const Conv& c, int32_t place) {
-    int64_t centre = place;
-    if (c.stride == 2) {
-        const int64_t y = place / c.output_width, x = place % c.output_width;  // counted from 1
-        centre = (2 * y - 1) * c.input_width + 2 * x - 1;
-    }
-    return c.input + (c.kernel == 3 ? centre - c.input_width - 1 : centre) * c.inputs;
+inline const float* first_tap(const Conv& c, uint32_t place) {
+    return c.source.at + (row_of(place) * c.stride[0] - c.padding[0]) * c.source.row +
+           (column_of(place) * c.stride[1] - c.padding[1]) * c.source.step;
 }
 
-// P places x B vectors of output channels in registers; the taps of a row are one contiguous read.
+struct Chunk {
+    const uint32_t* places;
+    const uint8_t* saves;
+    float* raw;                  // of the first place
+    int64_t count;
+};
+
+inline Chunk chunk_of(const Op& op, int64_t number, float* raw, int64_t row) {
+    const List<uint32_t>& active = op.region->level->active;
+    const int64_t first = number * CHUNK;
+    return {active.at + first, op.region->saves.at + first, raw + first * row, least(CHUNK, active.count - first)};
+}
+
+// Finishes B vectors of one place from channel `first` on, of which `left` channels are there.
+template <int B>
+inline void finish_all(const Conv& c, uint32_t place, float* raw, int first, int left, const V* sum, const V* scale,
+                       const V* shift) {
+    float* out = at(c.out, place) + first;
+    const float* residual = c.residual.at ? at(c.residual, place) + first : nullptr;
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+        const int count = (int)least(LANES, left - b * LANES);
+        if (raw) store_upto(raw + first + b * LANES, sum[b], count);
+        finish(c, out + b * LANES, residual ? residual + b * LANES : nullptr, count, sum[b] * scale[b] + shift[b]);
+    }
+}
+
+// One block of output channels: from `first` on, of which `left` are of this group, which reads inputs from `input` on.
+struct Block {
+    const float* weight;
+    int first, left, input;
+};
+
+// P places x B vectors of output channels in registers; each run of taps is one contiguous read.
 template <int P, int B>
-void block(const Conv& c, const float* weight, int64_t first, int valid, int channel) {
-    const float* at[P];
-    for (int p = 0; p < P; ++p) at[p] = first_tap(c, c.active[first + (p < valid ? p : valid - 1)]);
+void block(const Conv& c, const Chunk& chunk, const Block& of, int64_t from, int valid) {
+    const float* tap[P];
+    for (int p = 0; p < P; ++p) tap[p] = first_tap(c, chunk.places[from + (p < valid ? p : valid - 1)]) + of.input;
     V sum[P][B] = {};
-    const int row = c.kernel * c.inputs;
-    const int64_t pitch = (int64_t)c.input_width * c.inputs;
-    for (int r = 0; r < c.kernel; ++r) {
-        for (int k = 0; k < row; ++k) {
+    const float* weight = of.weight;
+    int64_t before = 0;
+    for (int r = 0; r < c.runs; ++r) {
+        const int64_t jump = c.jump[r] - before;
+        before = c.jump[r];
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) tap[p] += jump;
+        for (int k = 0; k < c.run; ++k) {
             V w[B];
 #pragma GCC unroll 8
             for (int b = 0; b < B; ++b) w[b] = load(weight + b * LANES);
             weight += B * LANES;
 #pragma GCC unroll 16
             for (int p = 0; p < P; ++p) {
-                const V x = spread(at[p][k]);
+                const V x = spread(tap[p][k]);
 #pragma GCC unroll 8
                 for (int b = 0; b < B; ++b) sum[p][b] += w[b] * x;
             }
         }
-#pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) at[p] += pitch;
     }
     V scale[B], shift[B];
-    int count[B];
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-        const int left = c.outputs - channel - b * LANES;
-        count[b] = left < LANES ? left : LANES;
-        scale[b] = scale_of(c, channel + b * LANES, count[b]);
-        shift[b] = shift_of(c, channel + b * LANES, count[b]);
+        const int count = (int)least(LANES, of.left - b * LANES);
+        scale[b] = load_upto(c.scale + of.first + b * LANES, count);
+        shift[b] = load_upto(c.shift + of.first + b * LANES, count);
     }
+    const int64_t row = raw_row(c);
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
         if (p >= valid) break;
-        const int32_t place = c.active[first + p], slot = c.slot[first + p];
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) {
-            if (slot >= 0) store(c.raw + slot * padded(c) + channel + b * LANES, sum[p][b]);
-            finish(c, place, channel + b * LANES, count[b], sum[p][b], scale[b], shift[b]);
-        }
+        float* raw = chunk.saves[from + p] ? chunk.raw + (from + p) * row : nullptr;
+        finish_all<B>(c, chunk.places[from + p], raw, of.first, of.left, sum[p], scale, shift);
     }
 }
 
-constexpr int CHUNK = 120;  // a multiple of every number of places that a block takes
-
-inline void fetch(const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / 4) __builtin_prefetch(from + i);
-}
-
 // Asks for what the next places read and write: short runs are over before the machine's own prefetcher sees them.
-inline void ahead(const Conv& c, int64_t first, int64_t last) {
-    const int64_t row = (int64_t)c.kernel * c.inputs, pitch = (int64_t)c.input_width * c.inputs;
-    for (int64_t i = first; i < last && i < c.num_active; ++i) {
-        const int32_t place = c.active[i];
-        const bool runs_on = c.stride == 1 && place == c.active[i - 1] + 1;
-        const int64_t known = runs_on ? row - c.inputs : 0;
+inline void ahead(const Conv& c, const Chunk& chunk, int64_t from, int64_t until) {
+    const int64_t outputs = (int64_t)c.groups * c.outputs;
+    for (int64_t i = from; i < until && i < chunk.count; ++i) {
+        const uint32_t place = chunk.places[i];
+        const bool runs_on = c.stride[1] == 1 && c.run > c.source.step && place == chunk.places[i - 1] + 1;
+        const int64_t known = runs_on ? c.run - c.source.step : 0;
         const float* tap = first_tap(c, place);
-        for (int r = 0; r < c.kernel; ++r) fetch(tap + r * pitch + known, row - known);
-        fetch(c.output + (int64_t)place * c.outputs, c.outputs);
-        if (c.residual) fetch(c.residual + (int64_t)place * c.outputs, c.outputs);
+        for (int r = 0; r < c.runs; ++r) fetch(tap + c.jump[r] + known, c.run - known);
+        fetch(at(c.out, place), outputs);
+        if (c.residual.at) fetch(at(c.residual, place), outputs);
     }
 }
 
 template <int P, int B>
-void blocks(const Conv& c, const float* weight, int64_t first, int64_t last, int channel) {
-    for (; first < last; first += P) {
-        if (channel == 0) ahead(c, first + P, first + 2 * P);
-        block<P, B>(c, weight, first, last - first < P ? (int)(last - first) : P, channel);
+void blocks(const Conv& c, const Chunk& chunk, const Block& of) {
+    for (int64_t from = 0; from < chunk.count; from += P) {
+        if (of.first == 0) ahead(c, chunk, from + P, from + 2 * P);
+        block<P, B>(c, chunk, of, from, (int)least(P, chunk.count - from));
     }
 }
 
-void channels(const Conv& c, const float* weight, int64_t first, int64_t last, int channel, int vectors) {
+void channels(const Conv& c, const Chunk& chunk, const Block& of, int vectors) {
     switch (vectors) {
-        case 1: blocks<PLACES(1), 1>(c, weight, first, last, channel); break;
-        case 2: blocks<PLACES(2), 2>(c, weight, first, last, channel); break;
+        case 1: blocks<PLACES(1), 1>(c, chunk, of); break;
+        case 2: blocks<PLACES(2), 2>(c, chunk, of); break;
 #if MOST == 4
-        case 4: blocks<PLACES(4), 4>(c, weight, first, last, channel); break;
+        case 4: blocks<PLACES(4), 4>(c, chunk, of); break;
 #endif
-        default: blocks<PLACES(3), 3>(c, weight, first, last, channel);
+        default: blocks<PLACES(3), 3>(c, chunk, of);
     }
 }
 
-inline bool by_block(const Conv& c) { return (int64_t)c.kernel * c.kernel * c.inputs * c.outputs > WEIGHTS_IN_CACHE; }
+inline int64_t taps_of(const Conv& c) { return (int64_t)c.runs * c.run; }
 
-int64_t tasks(const Conv& c) {
-    const int64_t chunks = (c.num_active + CHUNK - 1) / CHUNK;
+// How many tasks share the output channels of one chunk of places.
+inline int64_t parts_of(const Conv& c) {
+    if (c.groups * taps_of(c) * c.outputs <= WEIGHTS_IN_CACHE) return 1;
     int64_t count = 1;
-    for (int left = vectors_of(c.outputs, LANES); by_block(c) && left > MOST; left -= STEP) ++count;
-    return chunks * count;
+    for (int left = vectors_of(c.outputs, LANES); left > MOST; left -= STEP) ++count;
+    return count * c.groups;
 }
 
-void active(const Job& job, int64_t task) {
-    const Conv& c = job.conv;
-    const int64_t chunks = (c.num_active + CHUNK - 1) / CHUNK, taps = (int64_t)c.kernel * c.kernel * c.inputs;
-    const int64_t only = by_block(c) ? task / chunks : -1, first = (by_block(c) ? task % chunks : task) * CHUNK;
-    const int64_t last = first + CHUNK < c.num_active ? first + CHUNK : c.num_active;
+void convolve(const Op& op, int64_t task, float* raw) {
+    const Conv& c = *static_cast<const Conv*>(op.body);
+    const int64_t chunks = (op.region->level->active.count + CHUNK - 1) / CHUNK, taps = taps_of(c);
+    const bool parted = parts_of(c) > 1;
+    const int64_t only = parted ? task / chunks : -1;
+    const Chunk chunk = chunk_of(op, parted ? task % chunks : task, raw, raw_row(c));
     const float* weight = c.weight;
-    int channel = 0, number = 0;
-    for (int left = vectors_of(c.outputs, LANES); left > 0; ++number) {
-        const int vectors = next_block(left, MOST, STEP);
-        if (only < 0 || only == number) channels(c, weight, first, last, channel, vectors);
-        weight += taps * vectors * LANES;
-        channel += vectors * LANES;
-        left -= vectors;
+    int64_t number = 0;
+    for (int group = 0; group < c.groups; ++group) {
+        int channel = 0;
+        for (int left = vectors_of(c.outputs, LANES); left > 0; ++number) {
+            const int vectors = next_block(left, MOST, STEP);
+            const Block of{weight, group * c.outputs + channel, c.outputs - channel, group * c.inputs};
+            if (only < 0 || only == number) channels(c, chunk, of, vectors);
+            weight += taps * vectors * LANES;
+            channel += vectors * LANES;
+            left -= vectors;
+        }
+    }
+}
+
+// P places x one vector of channels, each of which sees itself alone. weight: (taps, channels rounded up to RAW_STEP).
+template <int P>
+inline void depthwise_block(const Conv& c, const Chunk& chunk, int64_t from, int first, int count) {
+    const float* tap[P];
+    V sum[1][P] = {};
+    for (int p = 0; p < P; ++p) tap[p] = first_tap(c, chunk.places[from + p]) + first;
+    const int64_t row = raw_row(c);
+    for (int r = 0; r < c.runs; ++r) {
+        const V w = load(c.weight + r * row + first);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) sum[0][p] += w * load_upto(tap[p] + c.jump[r], count);
+    }
+    const V scale = load_upto(c.scale + first, count), shift = load_upto(c.shift + first, count);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+        float* raw = chunk.saves[from + p] ? chunk.raw + (from + p) * row : nullptr;
+        finish_all<1>(c, chunk.places[from + p], raw, first, count, &sum[0][p], &scale, &shift);
+    }
+}
+
+void depthwise(const Op& op, int64_t task, float* raw) {
+    const Conv& c = *static_cast<const Conv*>(op.body);
+    const Chunk chunk = chunk_of(op, task, raw, raw_row(c));
+    for (int first = 0; first < c.groups; first += LANES) {
+        const int count = (int)least(LANES, c.groups - first);
+        int64_t from = 0;
+        for (; from + 6 <= chunk.count; from += 6) depthwise_block<6>(c, chunk, from, first, count);
+        for (; from < chunk.count; ++from) depthwise_block<1>(c, chunk, from, first, count);
     }
 }
 
 // B vectors of channels of one halo place: one pass over its neighbours, whose weights are summed on the way.
 template <int B>
-inline void interpolate(const Job& job, int64_t h, int channel) {
-    const Conv& c = job.conv;
-    const int nearest = c.square[c.start[h]] - 1, reach = job.reach[nearest];
-    const int64_t step = padded(c), last = c.start[h + 1];
+inline void interpolate(const Op& op, const Conv& c, int64_t h, int channel, const float* raw) {
+    const Level& level = *op.region->level;
+    const int32_t number = op.region->from.at[h];
+    const int64_t step = raw_row(c), last = level.start.at[number + 1];
+    int64_t i = level.start.at[number];
     V sum[B] = {};
     float all = 0;
-    for (int64_t i = c.start[h]; i < last && c.square[i] <= reach; ++i) {  // the nearest come first
-        const float weight = job.weight[nearest][c.square[i]];
-        const float* from = c.raw + c.source[i] * step + channel;
+    for (; i < last && level.excess.at[i] <= c.reach; ++i) {  // the nearest come first
+        const float weight = c.falloff[level.excess.at[i]];
+        const float* from = raw + level.source.at[i] * step + channel;
         all += weight;
 #pragma GCC unroll 8
         for (int b = 0; b < B; ++b) sum[b] += load(from + b * LANES) * spread(weight);
     }
+    const bool bare = all == 0;
     const V part = spread(1 / all);
+    const uint32_t place = op.region->halo.at[h];
+    float* out = at(c.out, place) + channel;
+    const float* residual = c.residual.at ? at(c.residual, place) + channel : nullptr;
+    const int outputs = c.groups * c.outputs;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b, channel += LANES) {
-        const int left = c.outputs - channel, count = left < LANES ? left : LANES;
-        finish(c, c.halo[h], channel, count, sum[b] * part, scale_of(c, channel, count), shift_of(c, channel, count));
+        const int count = (int)least(LANES, outputs - channel);
+        const V value = bare ? load_upto(c.bare + channel, count)
+                             : sum[b] * part * load_upto(c.scale + channel, count) + load_upto(c.shift + channel, count);
+        finish(c, out + b * LANES, residual ? residual + b * LANES : nullptr, count, value);
     }
 }
 
 constexpr int AHEAD = 8;  // halo places
 
-void halo(const Job& job, int64_t task) {
-    const Conv& c = job.conv;
-    const int64_t first = task * HALO_CHUNK, end = first + HALO_CHUNK, last = end < c.num_halo ? end : c.num_halo;
+void halo(const Op& op, int64_t task, const float* raw) {
+    const Conv& c = *static_cast<const Conv*>(op.body);
+    const List<uint32_t>& halo = op.region->halo;
+    const int64_t first = task * CHUNK, last = least(first + CHUNK, halo.count);
+    const int outputs = c.groups * c.outputs;
     for (int64_t h = first; h < last; ++h) {
-        if (h + AHEAD < c.num_halo) {
-            const int64_t at = (int64_t)c.halo[h + AHEAD] * c.outputs;
-            fetch(c.output + at, c.outputs);
-            if (c.residual) fetch(c.residual + at, c.outputs);
+        if (h + AHEAD < halo.count) {
+            fetch(at(c.out, halo.at[h + AHEAD]), outputs);
+            if (c.residual.at) fetch(at(c.residual, halo.at[h + AHEAD]), outputs);
         }
-        for (int channel = 0, left; (left = (c.outputs - channel + LANES - 1) / LANES) > 0;) {
-            const int vectors = left < 4 ? left : 4;
-            if (vectors == 4) interpolate<4>(job, h, channel);
-            else if (vectors == 3) interpolate<3>(job, h, channel);
-            else if (vectors == 2) interpolate<2>(job, h, channel);
-            else interpolate<1>(job, h, channel);
+        for (int channel = 0, left; (left = vectors_of(outputs - channel, LANES)) > 0;) {
+            const int vectors = (int)least(left, 4);
+            if (vectors == 4) interpolate<4>(op, c, h, channel, raw);
+            else if (vectors == 3) interpolate<3>(op, c, h, channel, raw);
+            else if (vectors == 2) interpolate<2>(op, c, h, channel, raw);
+            else interpolate<1>(op, c, h, channel, raw);
             channel += vectors * LANES;
         }
     }
 }
-
-}  // namespace
-
-extern const Path PATH;
-const Path PATH = {NAME, LANES, MOST, STEP, tasks, active, halo};
-
-}  // namespace offramp

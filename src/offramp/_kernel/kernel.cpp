@@ -1,9 +1,12 @@
-// The plain C interface: which instruction set, where a mask works, weights packed, one convolution over all threads.
+// The plain C interface: which instruction set, weights packed, and a program's operations over all threads.
 #include "kernel.hpp"
 
-#include <math.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <time.h>
 
 #include <atomic>
+#include <initializer_list>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -45,42 +48,79 @@ public:
 #endif
 };
 
+int64_t now_ns() {
+    timespec now;
+#if defined(__APPLE__)
+    clock_gettime(CLOCK_UPTIME_RAW, &now);  // what time.monotonic_ns() reads
+#else
+    clock_gettime(CLOCK_MONOTONIC, &now);
+#endif
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+void rest() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+// Tasks are handed out in the order of the phases: one that waits, waits only for tasks that some thread has in hand.
 struct Share {
-    const Job* job;
-    void (*one)(const Job&, int64_t);
-    int64_t tasks;
+    const Plan* plan;
+    const Path* set;
+    int64_t first, last;         // operations
+    int64_t total;               // tasks
+    const int32_t* stop;
+    int64_t deadline_ns;
     std::atomic<int64_t> next;
+    std::atomic<bool> given_up;
 };
+
+bool done(const Phase& phase) { return __atomic_load_n(&phase.done, __ATOMIC_ACQUIRE) >= phase.tasks; }
+
+bool over(Share& share) {
+    if (share.given_up.load(std::memory_order_relaxed)) return true;
+    if (!(share.stop && __atomic_load_n(share.stop, __ATOMIC_RELAXED)) &&
+        !(share.deadline_ns && now_ns() >= share.deadline_ns)) return false;
+    share.given_up.store(true, std::memory_order_relaxed);
+    return true;
+}
+
+// Whether `phase` was done before the call was given up.
+bool await(const Share& share, const Phase& phase) {
+    for (int spins = 0; !done(phase); ++spins) {
+        if (share.given_up.load(std::memory_order_relaxed)) return false;
+        if (spins < 4000) rest();
+        else sched_yield();
+    }
+    return true;
+}
+
+bool ready(const Share& share, int64_t phase) {
+    const Phase* phases = share.plan->phases;
+    if (phase % 2) return await(share, phases[phase - 1]);
+    const Op& op = share.plan->ops[phase / 2];
+    for (int64_t i = 0; i < op.num_needs; ++i)
+        for (int64_t before = 2 * (int64_t)op.needs[i]; before <= 2 * (int64_t)op.needs[i] + 1; ++before)
+            if (!await(share, phases[before])) return false;
+    return true;
+}
 
 void work(void* given) {
     Share& share = *static_cast<Share*>(given);
     const Flushed flushed;
-    for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.tasks;)
-        share.one(*share.job, task);
-}
-
-void share_out(const Job& job, void (*one)(const Job&, int64_t), int64_t tasks) {
-    Share share{&job, one, tasks, {0}};
-    const int64_t threads = job.conv.threads < tasks ? job.conv.threads : tasks;
-    if (parallel && threads > 1) parallel(work, &share, (unsigned)threads, 0);
-    else work(&share);
-}
-
-constexpr int FRAME = WINDOW;  // of the map of places
-constexpr int32_t SETTLED = -2, ACTIVE = -1;
-
-struct Offset {
-    int8_t dy, dx, square;
-};
-
-// The window without its centre, nearest first.
-int offsets(Offset* to) {
-    int count = 0;
-    for (int square = 1; square < SQUARES; ++square)
-        for (int dy = -WINDOW; dy <= WINDOW; ++dy)
-            for (int dx = -WINDOW; dx <= WINDOW; ++dx)
-                if (dy * dy + dx * dx == square) to[count++] = {(int8_t)dy, (int8_t)dx, (int8_t)square};
-    return count;
+    Phase* phases = share.plan->phases;
+    int64_t phase = 2 * share.first, is_ready = -1;
+    while (!over(share)) {
+        const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= share.total) return;
+        while (task >= phases[phase].first + phases[phase].tasks) ++phase;
+        if (phase != is_ready && !ready(share, phase)) return;
+        is_ready = phase;
+        const Op& op = share.plan->ops[phase / 2];
+        share.set->task(op, phase % 2, task - phases[phase].first, op.raw < 0 ? nullptr : share.plan->raws[op.raw].at);
+        __atomic_fetch_add(&phases[phase].done, 1, __ATOMIC_RELEASE);
+    }
 }
 
 }  // namespace
@@ -89,7 +129,10 @@ int offsets(Offset* to) {
 using namespace offramp;
 
 // Changes with the interface; the door does not talk to a library of another one.
-API int64_t offramp_interface() { return 1000 * 1 + (int64_t)sizeof(Conv); }
+API int64_t offramp_interface() {
+    return 1000000 * 2 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
+                                   sizeof(Sum) + sizeof(Pool) + sizeof(Op) + sizeof(Plan));
+}
 
 API const char* offramp_isa(int isa) { return path(isa) && runs(isa) ? path(isa)->name : nullptr; }
 
@@ -97,91 +140,73 @@ API void offramp_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Par
 
 API int offramp_can_share() { return parallel != nullptr; }
 
-// Active places and those next to one (3x3). map: (H + 6) * (W + 6); active, halo: H * W at most; counts: 2.
-API void offramp_places(const uint8_t* mask, int32_t height, int32_t width, int32_t* map, int32_t* active,
-                        int32_t* halo, int64_t* counts) {
-    const int64_t wide = width + 2 * FRAME;
-    for (int64_t i = 0; i < (height + 2 * FRAME) * wide; ++i) map[i] = SETTLED;
-    for (int32_t y = 0; y < height; ++y)
-        for (int32_t x = 0; x < width; ++x)
-            if (mask[(int64_t)y * width + x]) map[(y + FRAME) * wide + x + FRAME] = ACTIVE;
-    int64_t num_active = 0, num_halo = 0;
-    for (int32_t y = 0; y < height; ++y)
-        for (int32_t x = 0; x < width; ++x) {
-            const int32_t* at = map + (y + FRAME) * wide + x + FRAME;
-            const int32_t place = (y + 1) * (width + 2) + x + 1;
-            bool touches = false;
-            for (int64_t dy = -wide; dy <= wide; dy += wide)
-                touches |= (at[dy - 1] == ACTIVE) | (at[dy] == ACTIVE) | (at[dy + 1] == ACTIVE);
-            active[num_active] = place;  // written always and counted where true: a branch would often be guessed wrong
-            num_active += *at == ACTIVE;
-            halo[num_halo] = place;
-            num_halo += touches & (*at != ACTIVE);
-        }
-    counts[0] = num_active;
-    counts[1] = num_halo;
-}
-
-// What each halo place is interpolated from. start: num_halo + 1; source, square: 48 * num_halo at most; slot:
-// num_active; counts: pairs, rows of the raw copy. `map` is the one that offramp_places left.
-API void offramp_neighbours(int32_t width, int32_t* map, const int32_t* active, int64_t num_active, const int32_t* halo,
-                            int64_t num_halo, int32_t* slot, int32_t* start, int32_t* source, uint8_t* square,
-                            int64_t* counts) {
-    Offset window[SQUARES * SQUARES];
-    const int around = offsets(window);
-    const int64_t wide = width + 2 * FRAME;
-    const auto in_map = [&](int32_t place) {
-        return map + (place / (width + 2) - 1 + FRAME) * wide + place % (width + 2) - 1 + FRAME;
-    };
-    int32_t pairs = 0, slots = 0;
-    for (int64_t h = 0; h < num_halo; ++h) {
-        start[h] = pairs;
-        int32_t* at = in_map(halo[h]);
-        for (int i = 0; i < around; ++i) {
-            int32_t& there = at[window[i].dy * wide + window[i].dx];
-            if (there == ACTIVE) there = slots++;
-            source[pairs] = there;
-            square[pairs] = (uint8_t)window[i].square;
-            pairs += there != SETTLED;
-        }
-    }
-    start[num_halo] = pairs;
-    for (int64_t i = 0; i < num_active; ++i) slot[i] = *in_map(active[i]);  // ACTIVE is the -1 of "no row"
-    counts[0] = pairs;
-    counts[1] = slots;
-}
-
-API int64_t offramp_packed_floats(int isa, int32_t inputs, int32_t outputs, int32_t kernel) {
+API int64_t offramp_packed_floats(int isa, int32_t inputs, int32_t outputs, int32_t taps) {
     const int lanes = path(isa)->lanes;
-    return (int64_t)kernel * kernel * inputs * vectors_of(outputs, lanes) * lanes;
+    return (int64_t)taps * inputs * vectors_of(outputs, lanes) * lanes;
 }
 
-// weight: (outputs, inputs, kernel, kernel), as torch has it -> blocks of [tap row][tap column, input][channel], whose
-// last vector is filled up with zeros.
-API void offramp_pack(int isa, const float* weight, int32_t inputs, int32_t outputs, int32_t kernel, float* packed) {
+// weight: (outputs, inputs, taps), as torch has it -> blocks of [tap, input][channel], whose last vector is filled up
+// with zeros.
+API void offramp_pack(int isa, const float* weight, int32_t inputs, int32_t outputs, int32_t taps, float* packed) {
     const Path& set = *path(isa);
-    const int64_t taps = (int64_t)kernel * kernel, row = (int64_t)kernel * inputs;
+    const int64_t all = (int64_t)taps * inputs;
     int64_t channel = 0, last = 0;
     for (int left = vectors_of(outputs, set.lanes); left > 0; channel = last) {
         const int vectors = next_block(left, set.most, set.step);
         last = channel + vectors * set.lanes;
-        for (int64_t tap = 0; tap < kernel * row; ++tap)
+        for (int64_t tap = 0; tap < all; ++tap)
             for (int64_t o = channel; o < last; ++o)
                 *packed++ = o < outputs ? weight[(o * inputs + tap % inputs) * taps + tap / inputs] : 0;
         left -= vectors;
     }
 }
 
-API void offramp_conv(const Conv* conv) {
-    Job job{*conv, {}, {}};
-    const double square = (double)conv->sharpness * conv->sharpness;
-    // Relative to the nearest place, so that a sharp kernel never comes to 0 / 0.
-    for (int nearest = 1; nearest <= 2; ++nearest)
-        for (int far = nearest; far < SQUARES; ++far) {
-            const float weight = job.weight[nearest - 1][far] = (float)exp(-square * (far - nearest));
-            if (weight >= conv->cutoff) job.reach[nearest - 1] = far;
-        }
-    const Path& set = *path(conv->isa);
-    share_out(job, set.active, set.tasks(*conv));
-    share_out(job, set.halo, (conv->num_halo + HALO_CHUNK - 1) / HALO_CHUNK);
+// mask: (height, width). 0 where there is no memory for what it says.
+API int offramp_settle(Plan* plan, const uint8_t* mask, int32_t height, int32_t width) {
+    return settle(*plan, mask, height, width);
+}
+
+// Runs operations first to last - 1; how many were done before `stop` was set (null: never) or the deadline came (0:
+// none). An operation starts when those that it needs are done, not when all before it are.
+API int64_t offramp_run(Plan* plan, int64_t first, int64_t last, int32_t threads, const int32_t* stop,
+                        int64_t deadline_ns) {
+    Share share{plan, path(plan->isa), first, last, 0, stop, deadline_ns, {0}, {false}};
+    Phase* phases = plan->phases;
+    for (int64_t i = 2 * first; i < 2 * last; ++i) {
+        phases[i].first = share.total;
+        phases[i].done = 0;
+        share.total += phases[i].tasks = share.set->tasks(plan->ops[i / 2], i % 2);
+    }
+    const int64_t most = least(threads, share.total);
+    if (parallel && most > 1) parallel(work, &share, (unsigned)most, 0);
+    else work(&share);
+    int64_t count = 0;
+    for (int64_t i = first; i < last; ++i) count += done(phases[2 * i]) && done(phases[2 * i + 1]);
+    return count;
+}
+
+// What a view holds at a level's active places, to any strides (in floats).
+API void offramp_read_active(const Level* level, const Plane* from, int64_t channels, float* to, int64_t channel_step,
+                             int64_t row_step, int64_t step) {
+    for (int64_t i = 0; i < level->active.count; ++i) {
+        const uint32_t place = level->active.at[i];
+        const float* here = at(*from, place);
+        float* there = to + row_of(place) * row_step + column_of(place) * step;
+        for (int64_t c = 0; c < channels; ++c) there[c * channel_step] = here[c];
+    }
+}
+
+// Gives back what settle() took.
+API void offramp_release(Plan* plan) {
+    for (int64_t i = 0; i < plan->num_levels; ++i) {
+        Level& l = plan->levels[i];
+        for (void* at : {(void*)l.on.at, (void*)l.active.at, (void*)l.wanted.at, (void*)l.number.at, (void*)l.start.at,
+                         (void*)l.source.at, (void*)l.excess.at}) free(at);
+    }
+    for (int64_t i = 0; i < plan->num_regions; ++i) {
+        Region& r = plan->regions[i];
+        for (void* at : {(void*)r.all.at, (void*)r.halo.at, (void*)r.from.at, (void*)r.saves.at}) free(at);
+    }
+    for (int64_t i = 0; i < plan->num_raws; ++i) free(plan->raws[i].at);
+    free(plan->scratch.at);
 }

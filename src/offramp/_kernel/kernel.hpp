@@ -1,7 +1,10 @@
-// What the door, the geometry and the three instruction sets share: raw buffers; no torch, no Python, no heap.
+// What the door, the geometry and the three instruction sets share: raw buffers; no torch, no Python.
 //
-// Activations lie in framed NHWC buffers (H + 2, W + 2, C) of float whose frame is zero; a place is the index of its
-// pixel in the frame, y * (W + 2) + x with y and x counted from 1. The indices fit 32 bits.
+// The structures that Python fills in (native.py, field by field, so that the order is part of the interface) say once
+// what a program does. What a mask changes lies in Level and Region alone, where settle() puts it.
+//
+// Activations lie in framed NHWC buffers of float whose frame is zero. A place is y << 16 | x, counted from 0 inside the
+// frame; a Plane says where a view's place (0, 0) is.
 #pragma once
 #include <stdint.h>
 
@@ -10,49 +13,142 @@ namespace offramp {
 constexpr int WINDOW = 3;        // interpolation looks that far: a 7x7 window
 constexpr int SQUARES = 2 * WINDOW * WINDOW + 1;
 constexpr int RAW_STEP = 16;     // rows of the raw copy are padded to whole vectors of the widest set
+constexpr int CHUNK = 120;       // places of a task: a multiple of every number of places that a block takes
 
-// One masked convolution. The door fills it in field by field (ctypes), so that the order is part of the interface.
-struct Conv {
-    const float* input;          // framed, channels `inputs`
-    float* output;               // framed, channels `outputs`
-    const float* weight;         // packed by offramp_pack for the same instruction set
-    const float* scale;          // (outputs) or null: 1
-    const float* shift;          // (outputs) or null: 0
-    const float* residual;       // framed like the output, or null; may be the output
-    float* raw;                  // (slots, outputs rounded up to RAW_STEP)
-    const int32_t* active;       // (num_active) places of the output
-    const int32_t* slot;         // (num_active) row of `raw` that a halo reads this place from, or -1
-    const int32_t* halo;         // (num_halo) places of the output
-    const int32_t* start;        // (num_halo + 1) into source and square
-    const int32_t* source;       // rows of `raw`, nearest first
-    const uint8_t* square;       // their squared distances
-    int64_t num_active, num_halo;
-    int32_t input_width, output_width;  // of the frames: W + 2
-    int32_t inputs, outputs, kernel, stride, relu, isa, threads;
-    float sharpness, cutoff;     // lambda of the papers; weights below cutoff times the nearest one's are left out
+enum Kind { CONV, DEPTHWISE, SUM, POOL };
+
+// What only grows. `room` and `count` are of T.
+template <class T>
+struct List {
+    T* at;
+    int64_t count, room;
 };
 
-// What one call works out for all its threads.
-struct Job {
-    Conv conv;
-    float weight[2][SQUARES];    // by the nearest place's squared distance, 1 or 2, and the place's own
-    int reach[2];                // the largest squared distance whose weight counts
+struct Window {
+    int32_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// Where each place of one axis of a resized map reads: first and second, and the second's part; null: nearest.
+struct Axis {
+    const int32_t *first, *second;
+    const float* part;
+};
+
+struct Level {
+    int32_t height, width;
+    List<uint8_t> on;            // (height, width): active
+    List<uint32_t> active;       // places, row by row
+    List<uint8_t> wanted;        // (height, width): interpolated for some region
+    List<int32_t> number;        // (height + 6, width + 6): of an active place in `active`; of a wanted one in `start`
+    List<int32_t> start;         // (wanted + 1) into source and excess
+    List<int32_t> source;        // numbers of active places, the nearest first
+    List<uint8_t> excess;        // their squared distance, less that of the nearest
+};
+
+struct Read {
+    int32_t level, region;       // of the operation's output; region -1: its active places alone
+    int32_t resized, unused;
+    Window window;
+    Axis rows, columns;
+};
+
+struct Region {
+    Level* level;
+    const Read* reads;
+    int32_t num_reads, interpolates;  // whether convolutions write maps of this region
+    List<uint8_t> all;           // (height, width)
+    List<uint32_t> halo;         // the places of it that are not active, row by row
+    List<int32_t> from;          // (halo) into level->start
+    List<uint8_t> saves;         // (active): whether a halo place is interpolated from it
+};
+
+struct Plane {
+    float* at;                   // place (0, 0), the view's first channel; null: none
+    int64_t row, step;           // floats from row to row, from place to place
+};
+
+struct Conv {
+    Plane source, out, residual;
+    const float *weight, *scale, *shift, *bare;
+    const int64_t* jump;         // (runs) where each contiguous read of a place begins, counted from its first tap
+    int32_t runs, run;           // and how many floats it has; depthwise: runs are taps
+    int32_t inputs, outputs;     // of one group
+    int32_t groups, relu;
+    int32_t stride[2], padding[2];
+    int32_t reach, unused;       // the largest excess whose weight counts
+    float falloff[SQUARES + 1];  // the weight by excess
+};
+
+struct Term {
+    Plane source;
+    Axis rows, columns;          // first null: the places of the output
+};
+
+struct Sum {
+    Plane out;
+    const Term* terms;
+    const float *scale, *shift;  // null: none
+    int32_t count, channels, relu, unused;
+};
+
+struct Pool {
+    Plane source, out;
+    Window window;
+    int32_t height, width, channels, mean, counts_padding, unused;  // sizes: the source's
+};
+
+struct Op {
+    int32_t kind, raw;           // which of the plan's raw copies it works with
+    const void* body;
+    const Region* region;        // of the output
+    const int32_t* needs;        // operations that must be done before, counted from the plan's first
+    int64_t num_needs;
+};
+
+// One operation's two phases, each alone on a cache line while threads count them down.
+struct Phase {
+    int64_t first, tasks, done, unused[5];
+};
+
+struct Plan {
+    Level* levels;
+    Region* regions;
+    Op* ops;
+    int64_t num_levels, num_regions, num_ops, num_raws;
+    List<float>* raws;           // by Op::raw: what convolutions gave before they were finished, a row an active place
+    Phase* phases;               // two an operation
+    List<uint8_t> scratch;
+    int32_t isa, excess;         // the largest excess that any convolution counts
 };
 
 // One instruction set. `most` vectors of channels stand in registers at a time; a `step` of them is the rule.
 struct Path {
     const char* name;
     int lanes, most, step;
-    int64_t (*tasks)(const Conv&);
-    void (*active)(const Job&, int64_t task);
-    void (*halo)(const Job&, int64_t task);
+    int64_t (*tasks)(const Op&, int phase);
+    void (*task)(const Op&, int phase, int64_t task, float* raw);
 };
 
 static inline int vectors_of(int channels, int lanes) { return (channels + lanes - 1) / lanes; }
 static inline int next_block(int left, int most, int step) { return left <= most ? left : step; }
+static inline int64_t row_of(uint32_t place) { return place >> 16; }
+static inline int64_t column_of(uint32_t place) { return place & 0xffff; }
+static inline float* at(const Plane& plane, uint32_t place) {
+    return plane.at + row_of(place) * plane.row + column_of(place) * plane.step;
+}
+static inline int64_t raw_row(const Conv& c) {
+    return ((int64_t)c.groups * c.outputs + RAW_STEP - 1) / RAW_STEP * RAW_STEP;
+}
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int HALO_CHUNK = 128;
 constexpr int64_t WEIGHTS_IN_CACHE = 1 << 18;  // floats: beyond 1 MB one block of channels is done for all places first
+
+bool settle(Plan& plan, const uint8_t* mask, int32_t height, int32_t width);
+bool give_room(void** at, int64_t* room, int64_t count, int64_t size);
+template <class T>
+static inline bool room(List<T>& list, int64_t count) {
+    return give_room(reinterpret_cast<void**>(&list.at), &list.room, count, sizeof(T));
+}
 
 extern const Path portable;
 #if defined(__x86_64__)

@@ -1,4 +1,5 @@
-"""Finds and loads the compiled library, and hands it the threads that torch runs on."""
+"""Finds and loads the compiled library, and hands it the threads that torch runs on; its structures, as kernel.hpp has
+them, field by field."""
 
 import ctypes
 import functools
@@ -10,35 +11,93 @@ from types import MappingProxyType
 
 import torch
 
-__all__ = ["INTERFACE", "Conv", "instruction_sets", "loaded"]
+__all__ = [
+    "CONV", "DEPTHWISE", "INTERFACE", "POOL", "SQUARES", "SUM", "Axis", "Conv", "Level", "List", "Op", "Plan", "Plane",
+    "Pool", "Read", "Region", "Sum", "Term", "Window", "instruction_sets", "loaded",
+]
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_PAIR = _INT * 2
+CONV, DEPTHWISE, SUM, POOL = range(4)
+SQUARES = 19
+
+
+class List(ctypes.Structure):
+    _fields_ = [("at", _POINTER), ("count", _LONG), ("room", _LONG)]
+
+
+class Window(ctypes.Structure):
+    _fields_ = [("kernel", _PAIR), ("stride", _PAIR), ("padding", _PAIR), ("dilation", _PAIR)]
+
+
+class Axis(ctypes.Structure):
+    _fields_ = [("first", _POINTER), ("second", _POINTER), ("part", _POINTER)]
+
+
+class Level(ctypes.Structure):
+    _fields_ = [("height", _INT), ("width", _INT), ("on", List), ("active", List), ("wanted", List),
+                ("number", List), ("start", List), ("source", List), ("excess", List)]
+
+
+class Read(ctypes.Structure):
+    _fields_ = [("level", _INT), ("region", _INT), ("resized", _INT), ("unused", _INT), ("window", Window),
+                ("rows", Axis), ("columns", Axis)]
+
+
+class Region(ctypes.Structure):
+    _fields_ = [("level", _POINTER), ("reads", _POINTER), ("num_reads", _INT), ("interpolates", _INT), ("all", List),
+                ("halo", List), ("from_", List), ("saves", List)]
+
+
+class Plane(ctypes.Structure):
+    _fields_ = [("at", _POINTER), ("row", _LONG), ("step", _LONG)]
 
 
 class Conv(ctypes.Structure):
-    """One masked convolution, field by field as kernel.hpp has it."""
-
     _fields_ = [
-        *((name, _POINTER) for name in (
-            "input", "output", "weight", "scale", "shift", "residual", "raw", "active", "slot", "halo", "start",
-            "source", "square")),
-        ("num_active", _LONG), ("num_halo", _LONG),
-        *((name, _INT) for name in (
-            "input_width", "output_width", "inputs", "outputs", "kernel", "stride", "relu", "isa", "threads")),
-        ("sharpness", _FLOAT), ("cutoff", _FLOAT),
+        ("source", Plane), ("out", Plane), ("residual", Plane),
+        *((name, _POINTER) for name in ("weight", "scale", "shift", "bare", "jump")),
+        *((name, _INT) for name in ("runs", "run", "inputs", "outputs", "groups", "relu")),
+        ("stride", _PAIR), ("padding", _PAIR), ("reach", _INT), ("unused", _INT), ("falloff", _FLOAT * (SQUARES + 1)),
     ]
 
 
-INTERFACE = 1000 * 1 + ctypes.sizeof(Conv)
+class Term(ctypes.Structure):
+    _fields_ = [("source", Plane), ("rows", Axis), ("columns", Axis)]
+
+
+class Sum(ctypes.Structure):
+    _fields_ = [("out", Plane), ("terms", _POINTER), ("scale", _POINTER), ("shift", _POINTER), ("count", _INT),
+                ("channels", _INT), ("relu", _INT), ("unused", _INT)]
+
+
+class Pool(ctypes.Structure):
+    _fields_ = [("source", Plane), ("out", Plane), ("window", Window), ("height", _INT), ("width", _INT),
+                ("channels", _INT), ("mean", _INT), ("counts_padding", _INT), ("unused", _INT)]
+
+
+class Op(ctypes.Structure):
+    _fields_ = [("kind", _INT), ("raw", _INT), ("body", _POINTER), ("region", _POINTER), ("needs", _POINTER),
+                ("num_needs", _LONG)]
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [("levels", _POINTER), ("regions", _POINTER), ("ops", _POINTER), ("num_levels", _LONG),
+                ("num_regions", _LONG), ("num_ops", _LONG), ("num_raws", _LONG), ("raws", _POINTER),
+                ("phases", _POINTER), ("scratch", List), ("isa", _INT), ("excess", _INT)]
+
+
+INTERFACE = 1000000 * 2 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))
 _SIGNATURES = {
     "offramp_isa": (ctypes.c_char_p, [_INT]),
     "offramp_parallel": (None, [_POINTER]),
     "offramp_can_share": (_INT, []),
-    "offramp_places": (None, [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER]),
-    "offramp_neighbours": (None, [_INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, *[_POINTER] * 5]),
     "offramp_packed_floats": (_LONG, [_INT] * 4),
     "offramp_pack": (None, [_INT, _POINTER, _INT, _INT, _INT, _POINTER]),
-    "offramp_conv": (None, [ctypes.POINTER(Conv)]),
+    "offramp_settle": (_INT, [ctypes.POINTER(Plan), _POINTER, _INT, _INT]),
+    "offramp_run": (_LONG, [ctypes.POINTER(Plan), _LONG, _LONG, _INT, _POINTER, _LONG]),
+    "offramp_read_active": (None, [_POINTER, ctypes.POINTER(Plane), _LONG, _POINTER, _LONG, _LONG, _LONG]),
+    "offramp_release": (None, [ctypes.POINTER(Plan)]),
 }
 
 

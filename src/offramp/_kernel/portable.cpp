@@ -6,4 +6,4 @@
 #define STEP 2
 #define PATH portable
 #define NAME "portable"
-#include "conv.hpp"
+#include "body.hpp"

@@ -1,0 +1,34 @@
+// What each instruction set compiles for itself; it says LANES, PLACES(vectors), MOST, STEP, PATH and NAME before.
+//
+// Everything has internal linkage and nothing comes from the standard library: a function shared between the sets could
+// be taken by the linker from the wrong one.
+namespace offramp {
+namespace {
+
+#include "vector.hpp"
+#include "conv.hpp"
+#include "sum.hpp"
+
+// A convolution's second phase is its halo, which reads what the first one saved; all else has one phase.
+int64_t tasks(const Op& op, int phase) {
+    const auto chunks = [](int64_t places) { return (places + CHUNK - 1) / CHUNK; };
+    if (op.kind == SUM || op.kind == POOL) return phase ? 0 : chunks(places_of(op));
+    if (phase) return chunks(op.region->halo.count);
+    const int64_t parts = op.kind == CONV ? parts_of(*static_cast<const Conv*>(op.body)) : 1;
+    return parts * chunks(op.region->level->active.count);
+}
+
+void task(const Op& op, int phase, int64_t number, float* raw) {
+    if (phase) halo(op, number, raw);
+    else if (op.kind == CONV) convolve(op, number, raw);
+    else if (op.kind == DEPTHWISE) depthwise(op, number, raw);
+    else if (op.kind == SUM) add_up(op, number);
+    else pool(op, number);
+}
+
+}  // namespace
+
+extern const Path PATH;
+const Path PATH = {NAME, LANES, MOST, STEP, tasks, task};
+
+}  // namespace offramp

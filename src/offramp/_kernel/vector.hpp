@@ -1,0 +1,41 @@
+// Vectors of one instruction set: LANES floats.
+typedef float V __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+inline V load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+inline void store(float* to, V value) { *reinterpret_cast<Loose*>(to) = value; }
+
+#if LANES == 16
+inline __mmask16 leading(int count) { return (__mmask16)((1u << count) - 1); }
+inline V load_part(const float* from, int count) { return (V)_mm512_maskz_loadu_ps(leading(count), from); }
+inline void store_part(float* to, V value, int count) { _mm512_mask_storeu_ps(to, leading(count), (__m512)value); }
+inline V spread(float value) { return (V)_mm512_set1_ps(value); }
+#elif LANES == 8
+const int32_t LEADING[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+inline __m256i leading(int count) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(LEADING + 8 - count)); }
+inline V load_part(const float* from, int count) { return (V)_mm256_maskload_ps(from, leading(count)); }
+inline void store_part(float* to, V value, int count) { _mm256_maskstore_ps(to, leading(count), (__m256)value); }
+inline V spread(float value) { return (V)_mm256_set1_ps(value); }
+#else
+inline V load_part(const float* from, int count) {
+    V value = {};
+    for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
+    return value;
+}
+inline void store_part(float* to, V value, int count) {
+    for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
+}
+inline V spread(float value) { return V{value, value, value, value}; }
+#endif
+
+inline V load_upto(const float* from, int count) { return count >= LANES ? load(from) : load_part(from, count); }
+inline void store_upto(float* to, V value, int count) {
+    if (count >= LANES) store(to, value);
+    else store_part(to, value, count);
+}
+
+inline V relu(V value) { return value < V{} ? V{} : value; }  // a NaN stays one, as in torch
+
+inline void fetch(const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / 4) __builtin_prefetch(from + i);
+}
