@@ -22,12 +22,13 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "models": set(),
     "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},
     # the bridges from model to evidence; what single pixels cost depends on which, so no table can hold it
-    "record": {"nn", "graph", "cost", "table", "functional", "data"},
+    "prices": {"nn", "cost", "table", "functional"},
+    "record": {"nn", "graph", "cost", "table", "functional", "data", "prices"},
     "layer_cascade": {"nn", "cost", "functional", "graph"},
     # a deployed network as files: what the runtime runs, with the plan that it obeys
     "deployed": {"runtime", "nn", "graph", "policies", "choose", "table"},
     # which part of a network a device holds: a network's costs, or those that its table has
-    "devices": {"nn", "record", "table"},
+    "devices": {"nn", "prices", "table"},
     # one image in pictures: a network's answers, as the report draws them
     "walks": {"nn", "runtime", "report", "functional", "cost"},
     "testing": {"functional", "table", "policies", "choose", "nn", "runtime"},

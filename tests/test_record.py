@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import offramp
 from functional.test_boundary import witness
+from nn.test_masked import X as PICTURES
+from nn.test_masked import made as masked_network
 from offramp.errors import DataError, OfframpError
 from offramp.functional.confidence import top
 from offramp.functional.edges import semantic_edges, smooth_edges
@@ -231,3 +233,28 @@ def test_data_that_cannot_be_recorded(source: Any, match: str) -> None:
 def test_dense_labels_of_another_size_are_refused() -> None:
     with pytest.raises(DataError, match="nearest"):
         offramp.record(segmenter(), [(images(2, 16), torch.zeros(2, 8, 8, dtype=torch.long))], latency=False)
+
+
+def test_a_masked_network_is_recorded_with_its_masks_on() -> None:
+    masked = masked_network().train()
+    truth = torch.randint(0, 4, (3, 24, 20))
+    table = offramp.record(masked, batches(PICTURES, 2, truth), split="test")
+    assert masked.training and table.names == ("stem", "body", "final") and table.meta["masks"] == masked.extra_repr()
+    with torch.no_grad():
+        said, plain, macs = masked.eval()(PICTURES), masked.net(PICTURES), masked.macs(PICTURES)
+    assert table.confusion is not None
+    for k, logits in enumerate(said):
+        right = (logits.argmax(1) == truth).flatten(1).sum(1)
+        assert torch.equal(table.confusion[:, k].diagonal(dim1=1, dim2=2).sum(1).long(), right)
+    assert not torch.equal(said[2].argmax(1), plain[2].argmax(1))
+    means = [round(sum(column) / 3) for column in macs.T.tolist()]
+    assert table.costs.path(range(3)).tolist() == pytest.approx(means, abs=0.5) and table.costs.latency == ()
+    assert table.costs.path([2]).tolist() == table.costs.path(range(3)).tolist()[2:], "masks come from all heads before"
+    masked.threshold = 0.9
+    other = offramp.record(masked, batches(PICTURES, 2, truth), split="test")
+    assert other.fingerprints["model"] != table.fingerprints["model"]
+    masked.enabled = False
+    dense = offramp.record(masked, batches(PICTURES, 2, truth), latency=False)
+    alone = offramp.record(masked.unmask_(), batches(PICTURES, 2, truth), latency=False)
+    assert dense.costs.path(range(3)).tolist() == alone.costs.path(range(3)).tolist()
+    assert torch.equal(dense.confusion, alone.confusion)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import Any, final
 
 from offramp.errors import OfframpError, PlanError
 from offramp.nn.multiexit import MultiExit
-from offramp.record import costs_of
+from offramp.prices import costs_of
 from offramp.table import Costs, ExitTable, Unit
 from offramp.types import ExitSite
 

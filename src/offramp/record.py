@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,30 +16,31 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from offramp.cost import macs
-from offramp.cost.latency import Timing, describe_machine, measure
-from offramp.cost.memory import param_bytes, peak_bytes
+from offramp.cost.latency import describe_machine
 from offramp.errors import DataError
-from offramp.functional.confidence import read, top
+from offramp.functional.confidence import read
 from offramp.functional.distances import count_by_distance, distance_bins
 from offramp.functional.metrics import confusion
-from offramp.functional.summaries import agreement, bin_scores, summarise
+from offramp.functional.poses import check_says
+from offramp.functional.summaries import agreement, summarise
 from offramp.graph import State
 from offramp.nn.guest import bytes_of, evaluating, fingerprint_of
+from offramp.nn.masked import Masked
 from offramp.nn.multiexit import MultiExit, columns_at
 from offramp.nn.slim import Slimmable
-from offramp.nn.widths import exits_of, narrow_exits
-from offramp.table import Costs, ExitTable, Latency
+from offramp.nn.widths import exits_of
+from offramp.prices import Inputs, price
+from offramp.table import Costs, ExitTable
 from offramp.types import CONFIDENCES, EDGED
 
-__all__ = ["costs_of", "record"]
+__all__ = ["record"]
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
 _FEW = 16  # columns, up to which a dense table holds all that any policy may read
 
 
 def record(
-    net: MultiExit | Slimmable,
+    net: MultiExit | Slimmable | Masked,
     loader: Any,
     *,
     split: str = "calibration",
@@ -56,6 +57,9 @@ def record(
 
     The network runs in eval mode and comes back as found; labels are kept where the data has them, and never needed.
     One of several widths runs at each: columns of a narrower one end in its width, ``final@0.5``, and come first.
+    One that is masked (:func:`offramp.mask_`) runs with its masks on. A table has no cost of single samples, so each
+    column's ``macs`` are the mean of ``masked.macs`` over the split, heads on the way included, since its mask is
+    theirs; ``head_macs`` are 0. What it simulates is never timed.
 
     loader: anything that yields batches (a tensor, ``(inputs, labels)``, ``(inputs,)`` or a dict with or without
         ``labels``), or a ``Dataset``, which is then read in batches of ``batch_size``.
@@ -72,6 +76,7 @@ def record(
 
     DataError names the sample and the exit where logits are NaN or infinite, and data that is empty or does not fit.
     """
+    check_says(loader, "classes", "record()")
     batches = _batches(loader, batch_size)
     home = next((p.device for p in net.parameters()), torch.device("cpu"))
     target = torch.device(device) if device is not None else home
@@ -88,50 +93,47 @@ def record(
             if collected.first is None:
                 raise DataError(expected=f"at least one sample in the split {split!r}", got="none", where="record()",
                                 todo="look at the loader.")
-            costs = _all_costs(net, collected.first, target, options if latency is not False else None)
+            timed = latency is not False and not isinstance(net, Masked)
+            costs = collected.priced(price(run.net, collected.first, target, options if timed else None))
     finally:
         net.to(home)
     dataset = loader if isinstance(loader, Dataset) else getattr(loader, "dataset", None)
     names = tuple(class_names) or tuple(getattr(dataset, "class_names", ()))
     source = getattr(dataset, "source", type(dataset).__name__ if dataset is not None else "data")
     return collected.table(
-        costs=costs, class_names=names if len(names) == run.exits.num_classes else (), model=fingerprint_of(run.exits),
-        source=str(source), meta={"machine": describe_machine(), "device": str(target)},
+        costs=costs, class_names=names if len(names) == run.exits.num_classes else (), model=run.fingerprint(),
+        source=str(source), meta={"machine": describe_machine(), "device": str(target)} | run.masks(),
     )
-
-
-@dataclass
-class _Batch:
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    labels: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
-
-    def rows(self, count: int) -> "_Batch":
-        """The first ``count`` rows, from the start again where there are too few."""
-        have = len(self.tensors()[0])
-        index = torch.arange(count) % have
-
-        def take(leaf: Any) -> Any:
-            return leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == have else leaf
-
-        args, kwargs = pytree.tree_map(take, (self.args, self.kwargs))
-        return _Batch(args, kwargs, None)
 
 
 class _Run:
     """A network at each of its widths, the full one first, whose answer the others are held against."""
 
-    def __init__(self, net: MultiExit | Slimmable) -> None:
-        self.net = net
-        self.exits = exits_of(net)
+    def __init__(self, net: MultiExit | Slimmable | Masked) -> None:
+        self.masked = net if isinstance(net, Masked) else None
+        self.net = net.net if isinstance(net, Masked) else net
+        self.exits = exits_of(self.net)
         self.widths = net.widths if isinstance(net, Slimmable) else (1.0,)
         self.columns = columns_at(self.exits.columns, self.widths)
+        self.macs: list[Tensor] = []
+        """Of a masked network, (n, E) a batch."""
 
-    def said(self, width: float, batch: _Batch) -> tuple[list[State], Tensor]:
-        """The state at each site, and the logits of the end."""
+    def masks(self) -> dict[str, str]:
+        return {} if self.masked is None else {"masks": self.masked.extra_repr()}
+
+    def fingerprint(self) -> str:
+        """Masks are part of a masked network, and no part of its weights."""
+        if self.masked is None:
+            return fingerprint_of(self.exits)
+        told = f"{fingerprint_of(self.masked)}:{self.masked.rule}"
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def said(self, width: float, batch: Inputs) -> tuple[Sequence[State | Tensor], Tensor]:
+        """The state at each site (of a masked network its logits), and the logits of the end."""
+        if self.masked is not None:
+            answers, macs = self.masked.counted(*batch.args, **batch.kwargs)
+            self.macs.append(macs)
+            return answers.logits[:-1], answers.logits[-1]
         with self.net.at(width) if isinstance(self.net, Slimmable) else nullcontext():
             state: Any = self.exits.begin(*batch.args, **batch.kwargs)
             states = []
@@ -140,10 +142,13 @@ class _Run:
                 states.append(state)
             return states, self.exits.logits(self.exits.stages[-1](state))
 
-    def heads(self, width: float, states: Sequence[State]) -> Iterator[Tensor]:
+    def heads(self, width: float, states: Sequence[State | Tensor]) -> Iterator[Tensor]:
         """Early exits' logits, one at a time: no name here holds any while the next are made."""
         with self.net.at(width) if isinstance(self.net, Slimmable) else nullcontext():
             for k, state in enumerate(states):
+                if isinstance(state, Tensor):
+                    yield state
+                    continue
                 for c in self.exits.columns_at(k):
                     yield self.exits.head(self.exits.columns[c].name)(*state.tensors)
 
@@ -157,14 +162,14 @@ class _Collected:
     confidences: tuple[str, ...]
     agreement: bool
     boundary_errors: bool
-    first: _Batch | None = None
+    first: Inputs | None = None
     count: int = 0
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
     labelled: bool | None = None
     digest: Any = field(default_factory=hashlib.sha256)
     kind: str = ""
 
-    def add(self, batch: _Batch) -> None:
+    def add(self, batch: Inputs) -> None:
         tensors = batch.tensors()
         if not tensors:
             raise DataError(expected="a tensor among the inputs of a batch", got="none", where="record()",
@@ -185,11 +190,9 @@ class _Collected:
         states, final = self.run.said(1.0, batch)
         truth, count, size = batch.labels, len(final), tuple(final.shape[2:])
         if truth is not None and tuple(truth.shape) != (count, *size):
-            raise DataError(
-                expected=f"labels {(count, *size)}{', as large as the logits' if size else ''}",
-                got=str(tuple(truth.shape)), where=f"record(), sample {self.count}",
-                todo="bring labels to the output's size (nearest), or drop them." if size else "",
-            )
+            raise DataError(expected=f"labels {(count, *size)}{', as large as the logits' if size else ''}",
+                            got=str(tuple(truth.shape)), where=f"record(), sample {self.count}",
+                            todo="bring labels to the output's size (nearest), or drop them." if size else "")
         told = read(final, (), labels=True).labels if self.run.exits.task == "dense" else None
         bins: Tensor | None = None
         if told is not None and truth is not None and self.boundary_errors:
@@ -218,6 +221,13 @@ class _Collected:
         if told is None and truth is not None:
             self._keep(labels=truth.long())
         self.count += count
+
+    def priced(self, costs: Costs) -> Costs:
+        """Of a masked network, at what its samples cost in the mean."""
+        if self.run.masked is None:
+            return costs
+        means = torch.cat(self.run.macs).double().mean(0).round()
+        return replace(costs, macs=tuple(map(int, means.tolist())), head_macs=(0,) * len(means))
 
     def _check(self, column: int, logits: Tensor, wanted: tuple[int, ...]) -> None:
         name = self.run.columns[column].name
@@ -265,99 +275,6 @@ class _Collected:
         )
 
 
-def costs_of(net: MultiExit | Slimmable, *, latency: Mapping[str, Any] | None = None) -> Costs:
-    """What each exit costs, at each width, on a sample like those that ``net`` was attached with.
-
-    Times are taken only where ``latency`` says how, as ``record`` takes it.
-    """
-    batch = _Batch(*exits_of(net).traced.example(), None)
-    home = next((p.device for p in net.parameters()), torch.device("cpu"))
-    with evaluating(net):
-        return _all_costs(net, batch, home, latency)
-
-
-def _all_costs(net: MultiExit | Slimmable, batch: _Batch, device: torch.device,
-               latency: Mapping[str, Any] | None) -> Costs:
-    """Of each width as it is deployed: a narrow network of its own."""
-    if isinstance(net, MultiExit):
-        return _costs(net, batch, device, latency)
-    parts = {}
-    for width in net.widths:
-        narrow = narrow_exits(net, width)
-        with evaluating(narrow):
-            parts[width] = _costs(narrow, batch, device, latency)
-    return Costs.of_widths(parts)
-
-
-def _costs(net: MultiExit, batch: _Batch, device: torch.device, latency: Mapping[str, Any] | None) -> Costs:
-    """Counted and measured on the inputs that were recorded, not on those that the network was attached with."""
-    one = batch.rows(1)
-    state: Any = net.begin(*one.args, **one.kwargs)
-    total, peak = 0, 0
-    columns: dict[str, list[int]] = {
-        name: [] for name in ("macs", "head_macs", "param_bytes", "head_param_bytes", "peak")
-    }
-    for k in range(len(net.stages)):
-        total += int(macs.count(net.stages[k], state).total)
-        peak = max(peak, peak_bytes(net.step, k, state))
-        after = net.stages[k](state)
-        if k == len(net.sites):
-            rows = [(total, 0, param_bytes(net.backbone), 0, peak)]
-        else:
-            heads = [net.head(net.columns[c].name) for c in net.columns_at(k)]
-            rows = [
-                (total, int(macs.count(head, *after.tensors).total), net.sites[k].param_bytes_before, param_bytes(head),
-                 peak) for head in heads
-            ]
-        for row in rows:
-            for name, value in zip(columns, row, strict=True):
-                columns[name].append(value)
-        state = after
-    measured = () if latency is None else tuple(
-        _latency(net, batch.rows(size), size, device, latency) for size in latency.get("batches", (1,))
-    )
-    return Costs(macs=tuple(columns["macs"]), head_macs=tuple(columns["head_macs"]),
-                 param_bytes=tuple(columns["param_bytes"]), head_param_bytes=tuple(columns["head_param_bytes"]),
-                 peak_bytes=tuple(columns["peak"]), latency=measured)
-
-
-def _latency(net: MultiExit, batch: _Batch, size: int, device: torch.device, options: Mapping[str, Any]) -> Latency:
-    """Stages, heads with their decision, and the untouched network, in turn under one timer."""
-    decide = top if net.task == "classify" else lambda logits: bin_scores(top(logits))
-    fns: dict[str, Any] = {"dense": lambda: net.backbone(*batch.args, **batch.kwargs)}
-    state: Any = net.begin(*batch.args, **batch.kwargs)
-    for k in range(len(net.stages)):
-        after = net.stages[k](state)
-        fns[f"stage {k}"] = lambda k=k, state=state: net.stages[k](state)
-        for c in net.columns_at(k) if k < len(net.sites) else ():
-            head = net.head(net.columns[c].name)
-            fns[f"head {c}"] = lambda head=head, after=after: decide(head(*after.tensors))
-        state = after
-    times = measure(fns, device=device, repeats=int(options.get("repeats", 15)),
-                    budget_s=float(options.get("budget_s", 5.0)))
-    body_50, body_95, head_50, head_95 = [], [], [], []
-    for k in range(len(net.stages)):
-        p50, p95 = _sum([times[f"stage {i}"] for i in range(k + 1)])
-        for c in net.columns_at(k) if k < len(net.sites) else (len(net.columns) - 1,):
-            head_time = times.get(f"head {c}")
-            body_50.append(p50)
-            body_95.append(p95)
-            head_50.append(head_time.p50_ms if head_time else 0.0)
-            head_95.append(head_time.p95_ms if head_time else 0.0)
-    dtype = next((p.dtype for p in net.parameters()), torch.float32)
-    return Latency(
-        device=device.type, engine="eager", dtype=str(dtype).removeprefix("torch."), batch=size,
-        backbone_p50_ms=tuple(body_50), backbone_p95_ms=tuple(body_95), head_p50_ms=tuple(head_50),
-        head_p95_ms=tuple(head_95), dense_p50_ms=times["dense"].p50_ms, dense_p95_ms=times["dense"].p95_ms,
-    )
-
-
-def _sum(parts: Sequence[Timing]) -> tuple[float, float]:
-    """Medians add; their distances to p95 add in quadrature, as those of independent stages do."""
-    middle = sum(one.p50_ms for one in parts)
-    return middle, middle + float(sum((one.p95_ms - one.p50_ms) ** 2 for one in parts)) ** 0.5
-
-
 def _batches(loader: Any, batch_size: int) -> Iterable[Any]:
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         return DataLoader(loader, batch_size=batch_size)
@@ -367,7 +284,7 @@ def _batches(loader: Any, batch_size: int) -> Iterable[Any]:
     return loader
 
 
-def _to(batch: Any, device: torch.device) -> _Batch:
+def _to(batch: Any, device: torch.device) -> Inputs:
     labels = None
     if isinstance(batch, list | tuple):
         if not batch:
@@ -387,7 +304,7 @@ def _to(batch: Any, device: torch.device) -> _Batch:
         return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
     args, kwargs = pytree.tree_map(move, (args, kwargs))
-    return _Batch(args, kwargs, move(labels) if isinstance(labels, Tensor) else None)
+    return Inputs(args, kwargs, move(labels) if isinstance(labels, Tensor) else None)
 
 
 def _shown(batches: Iterable[Any], progress: bool, what: str) -> Iterator[Any]:

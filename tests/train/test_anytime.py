@@ -60,14 +60,15 @@ def poses(count: int = 2) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def by_hand(masked: Masked, data: list[tuple[Tensor, Tensor]], recipe: Recipe, loss: Any) -> None:
+def by_hand(masked: Masked, data: list[tuple[Tensor, Tensor]], recipe: Recipe, loss: Any, momentum: float = 0.9
+            ) -> None:
     """Torch's own SGD on the sum of losses of what the masked network says, or the unmasked one before its epoch."""
     masked.train()
     deep = [p for p in masked.parameters() if p.ndim > 1]
     flat = [p for p in masked.parameters() if p.ndim < 2]
     assert len([p for p in flat if p.ndim == 0]) == 6, "lambdas"
     optimiser = torch.optim.SGD([{"params": deep, "weight_decay": recipe.weight_decay}, {"params": flat}], lr=1.0,
-                                momentum=recipe.momentum, nesterov=True)
+                                momentum=momentum, nesterov=True)
     steps = len(data) * recipe.epochs
     assert recipe.anytime is not None
     for number in range(steps):
@@ -98,7 +99,7 @@ def test_six_steps_by_hand(how: dict[str, Any]) -> None:
             said, y = F.interpolate(said, (12, 10), mode="bilinear"), y[:, 1::2, 1::2]
         return F.cross_entropy(said, y, classes, ignore_index=255)
 
-    by_hand(witness, batches(), recipe, loss)
+    by_hand(witness, batches(), recipe, loss, how.get("momentum", 0.9))
     for name, tensor in weights(witness).items():
         torch.testing.assert_close(masked.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     learnt = [name for name, tensor in weights(masked).items() if not torch.equal(tensor, before[name])]

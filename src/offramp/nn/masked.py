@@ -112,6 +112,12 @@ class Masked(nn.Module):
                 unmask_layer_(layer)
         return self.net
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """All that decides what is masked, besides weights."""
+        names = ("confidence", "threshold", "share", "grid", "seed", "reach", "enabled")
+        return {name: getattr(self, name) for name in names}
+
     def extra_repr(self) -> str:
         rule = f"threshold={self.threshold}" if self.share is None else f"share={self.share}"
         return f"confidence={self.confidence}, {rule}, reach={self.reach}, {len(self.lams)} convolutions"
@@ -152,7 +158,8 @@ def coarse_logits(head: nn.Module, frontier: Sequence[Tensor]) -> tuple[Tensor, 
     if not isinstance(reading, MapReading) or on_map is None:
         return head(*frontier), lambda logits: logits
     joined = reading.join(frontier)
-    return on_map(joined), lambda logits: reading.upsample(logits, joined.shape[-2:])
+    size = joined.shape[-2:]
+    return on_map(joined), lambda logits: reading.upsample(logits, size)
 
 
 def mask_(

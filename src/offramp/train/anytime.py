@@ -107,8 +107,7 @@ class AnytimeSubject:
         weighed = zip(names, recipe.weights or (1.0,) * len(names), strict=False)
         self.weights = {column: weight for column, (_, weight) in enumerate(weighed) if weight}
         self.columns = [names[column] for column in self.weights]
-        how = ("confidence", "threshold", "share", "grid", "seed", "reach", "enabled")
-        self.fingerprint = str([getattr(net, name) for name in how]) if isinstance(net, Masked) else ""
+        self.fingerprint = str(net.rule) if isinstance(net, Masked) else ""
 
     def set_modes(self) -> None:
         self.net.train()
