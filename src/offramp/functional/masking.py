@@ -96,9 +96,14 @@ class Band:
     excess: Tensor
     """(M,) its squared distance, less that of the owner's nearest source."""
 
+    def weights(self, lam: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(M,) what each source counts, in all 1 for each place."""
+        weights = (-torch.as_tensor(lam, dtype=dtype, device=self.excess.device) ** 2 * self.excess).exp()
+        return weights / weights.new_zeros(len(self.places)).index_add(0, self.owner, weights)[self.owner]
 
-def band(mask: Tensor, reach: Reach = "everywhere") -> Band:
-    """What :func:`interpolate` reads where, for a bool mask (N, 1, H, W)."""
+
+def band(mask: Tensor, reach: Reach = "everywhere", *, within: Tensor | None = None) -> Band:
+    """What :func:`interpolate` reads where, for a bool mask (N, 1, H, W); of places ``within`` one of them alone."""
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.dtype != torch.bool:
         raise OfframpError(expected="a bool mask (N, 1, H, W)", got=f"{mask.dtype} {tuple(mask.shape)}", where="band()")
     if reach not in REACHES:
@@ -106,7 +111,8 @@ def band(mask: Tensor, reach: Reach = "everywhere") -> Band:
     near = _RADIUS if reach == "everywhere" else 1
     size, width = 2 * _RADIUS + 1, mask.shape[3]
     beside = F.max_pool2d(mask.float(), 2 * near + 1, 1, near) > 0 if mask.numel() else mask
-    places = (~mask & beside).flatten().nonzero()[:, 0]
+    beside = beside & ~mask if within is None else beside & ~mask & within
+    places = beside.flatten().nonzero()[:, 0]
     windows = F.pad(mask[:, 0], (_RADIUS,) * 4).unfold(1, size, 1).unfold(2, size, 1)
     n, y, x = torch.unravel_index(places, mask[:, 0].shape)
     owner, at = windows[n, y, x].flatten(1).nonzero().unbind(1)
@@ -145,11 +151,10 @@ def interpolate(
     if not len(found.places):
         return kept
     wide = torch.promote_types(raw.dtype, torch.float32)
-    weights = (-torch.as_tensor(lam, dtype=wide, device=raw.device) ** 2 * found.excess).exp()
-    total = weights.new_zeros(len(found.places)).index_add(0, found.owner, weights)
+    weights = found.weights(lam, wide)
     rows = raw.permute(0, 2, 3, 1).reshape(-1, raw.shape[1])
     filled = F.embedding_bag(found.sources, rows, found.starts, mode="sum",
-                             per_sample_weights=(weights / total[found.owner]).to(raw.dtype))
+                             per_sample_weights=weights.to(raw.dtype))
     n, y, x = torch.unravel_index(found.places, mask[:, 0].shape)
     last = not raw.is_contiguous() and raw.is_contiguous(memory_format=torch.channels_last)
     return kept.permute(0, 2, 3, 1).index_put((n, y, x), filled).permute(0, 3, 1, 2).contiguous(

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from offramp.errors import HeadError
 from offramp.types import Task
 
-__all__ = ["read_logits", "task_of", "with_logits"]
+__all__ = ["form_of", "read_logits", "task_of", "with_logits"]
 
 _KEYS = ("logits", "out")
 
@@ -69,6 +69,15 @@ def with_logits(template: Any, logits: Tensor, read: Callable[[Any], Tensor] = r
         return logits
 
     return pytree.tree_map(fill, template)
+
+
+def form_of(template: Any, logits: Tensor) -> Callable[[Tensor], Any]:
+    """A function from logits to an output of the template's type and keys, where ``logits`` are the template's own.
+
+    It holds the output's form, nothing of its size.
+    """
+    empty, form = logits[:0].clone(), pytree.tree_map(lambda t: t[:0].clone() if isinstance(t, Tensor) else t, template)
+    return lambda said: with_logits(form, said, lambda _: empty)
 
 
 def task_of(logits: Tensor) -> Task:
