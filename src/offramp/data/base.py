@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torchvision import tv_tensors
 
 from offramp._specs import near
 from offramp.errors import DataError
+from offramp.functional.poses import Says
 from offramp.types import Task
 
 __all__ = [
@@ -122,8 +123,7 @@ class Split(Dataset[Any], ABC):
     names: Sequence[str]
     prepare: Prepare
     palette: Palette = ()
-    says: Literal["classes", "heatmaps"] = "classes"
-    """What labels are, and what channels of a network are that is right for them."""
+    says: Says = "classes"
 
     @abstractmethod
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import final
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offramp.data.base import Prepare, Split
 from offramp.errors import DataError
-from offramp.functional.poses import Pckh, carried, heatmaps, inverse, pckh
+from offramp.functional.poses import Pckh, Says, carried, heatmaps, inverse, pckh
 
 __all__ = ["JOINTS", "JOINT_PAIRS", "STRIDE", "Person", "PoseChange", "Poses", "Truth", "crop_of", "pose_change"]
 
@@ -119,7 +119,7 @@ class Poses(Split):
     is a :func:`pose_change` or nothing; its draws come from torch's global generator, which ``fit`` seeds.
     """
 
-    says: Literal["classes", "heatmaps"] = "heatmaps"
+    says: Says = "heatmaps"
 
     def __init__(self, people: Sequence[Person], names: Sequence[str], *, source: str, split: str, labels: bool,
                  prepare: Prepare, sigma: float, truth: Truth | None = None) -> None:

@@ -7,13 +7,18 @@ of its 4x4 pixels.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from offramp.errors import OfframpError
+from offramp.errors import DataError, OfframpError
 
-__all__ = ["Pckh", "carried", "decode", "head_sizes", "heatmaps", "inverse", "mirrored_back", "pckh"]
+__all__ = ["Pckh", "Says", "carried", "check_says", "decode", "head_sizes", "heatmaps", "inverse", "mirrored_back",
+           "pckh"]
+
+Says = Literal["classes", "heatmaps"]
+"""What the channels of dense logits are. No softmax is over heatmaps, and none of their channels is the answer."""
 
 
 def heatmaps(points: Tensor, known: Tensor, size: tuple[int, int], *, sigma: float = 2.0) -> Tensor:
@@ -139,3 +144,15 @@ def pckh(points: Tensor, truth: Tensor, known: Tensor, sizes: Tensor, *, thresho
     kept = [k for k in range(len(counts)) if k not in left_out]
     return Pckh(mean=(hits[kept].sum() / counts[kept].sum().double()).item(), joints=hits / counts.double(),
                 counts=counts)
+
+
+def check_says(data: Any, says: Says, where: str) -> None:
+    """DataError where a split, behind loaders and subsets too, says that its labels are the other kind."""
+    for _ in range(8):
+        found = getattr(data, "says", says)
+        if found != says:
+            raise DataError(expected=f"data with {says}", got=f"data with {found}", where=where,
+                            todo="heatmaps are learnt by recipes.anytime(says='heatmaps'), which learns nothing else "
+                                 "then, and measured by split.pckh(points)")
+        parts = getattr(data, "datasets", None)
+        data = getattr(data, "dataset", parts[0] if isinstance(parts, list) and parts else None)

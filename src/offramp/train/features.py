@@ -129,7 +129,10 @@ def logits_on(size: list[int], logits: Tensor) -> Tensor:
 
 
 def labels_on(size: list[int], labels: Tensor) -> Tensor:
-    """Labels (N, H, W) on a grid of that size, each of the pixel at its middle."""
+    """Labels (N, H, W) on a grid of that size, each of the pixel at its middle; DataError for what is no class."""
+    if labels.is_floating_point():
+        raise DataError(expected="labels that are classes, whole numbers", got=f"{labels.dtype} {tuple(labels.shape)}",
+                        where="fit()", todo="heatmaps are learnt by recipes.anytime(says='heatmaps')")
     if list(labels.shape[1:]) == size:
         return labels
     rows, columns = [((torch.arange(goal, device=labels.device) + 0.5) * now / goal).long()

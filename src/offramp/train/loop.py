@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import DataError, FileFormatError, OfframpError
+from offramp.functional.poses import check_says
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.slim import Slimmable
 from offramp.train import checkpoint
@@ -98,6 +99,8 @@ def fit(
     ] + subject.faults
     if faults:
         raise OfframpError("fit(): expected " + "; ".join(faults) + ".")
+    for given in (data, validate):
+        check_says(given, recipe.anytime.says if recipe.anytime is not None else "classes", "fit()")
     labels = recipe.reads_labels
     source = source_of(data, batch_size=recipe.batch_size, labels=labels, seed=recipe.seed)
     checks: Source | None = None
