@@ -8,7 +8,7 @@ from torch import nn
 from offramp._extras import require
 from offramp._specs import Spec, load_callable, near, parse
 from offramp.errors import OfframpError
-from offramp.models import cifar_resnet, deeplab, hrnet, scene_nets, sfnet
+from offramp.models import cifar_resnet, deeplab, hrnet, mdeq, scene_nets, sfnet
 from offramp.models.weights import WEIGHT_SUFFIXES, load_weights_
 
 __all__ = ["load_model"]
@@ -21,6 +21,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
     "deeplabv3plus_resnet50": deeplab.deeplabv3plus_resnet50,
     "hrnet_w18": hrnet.hrnet_w18, "hrnet_w18_small": hrnet.hrnet_w18_small, "hrnet_w32": hrnet.hrnet_w32,
     "hrnet_w32_pose": hrnet.hrnet_w32_pose, "hrnet_w48": hrnet.hrnet_w48,
+    "mdeq_small": mdeq.mdeq_small,
     "scenes_classify": scene_nets.scenes_classify, "scenes_dense": scene_nets.scenes_dense,
     "sfnet_dfnetv1": sfnet.sfnet_dfnetv1, "sfnet_dfnetv2": sfnet.sfnet_dfnetv2,
     "sfnet_resnet18": sfnet.sfnet_resnet18, "sfnet_resnet50": sfnet.sfnet_resnet50,
