@@ -4,15 +4,15 @@ Axes, here and everywhere: N samples, E exits, K classes, C channels, H W space,
 A suffix names the axes of a tensor: ``logits_NEK`` is (N, E, K); a small ``n`` is the rows still undecided.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 __all__ = [
-    "Calibrator", "Confidence", "Decision", "Evidence", "ExitColumn", "ExitSite", "Head", "LiveTensor", "Plan",
-    "Policy", "Setting", "Task",
+    "Ahead", "Calibrator", "Confidence", "Decision", "Evidence", "ExitColumn", "ExitSite", "Head", "LiveTensor", "Plan",
+    "Policy", "Setting", "Step", "Steps", "Task",
 ]
 
 Task = Literal["classify", "dense"]
@@ -154,3 +154,40 @@ class Plan:
     """What can be relied on beyond the figures. Of an exhaustive search, where ``proven`` is: configurations, how many
     each bound ruled out, the remaining gap. Of ``guarantee``, where ``promise`` is: what was tested on how many
     samples, and the bounds reached with which confidence."""
+
+
+class Ahead(NamedTuple):
+    """The work between here and the next answer of a call, as far as its time depends on it."""
+
+    kind: Hashable
+    """Work of one kind takes as long for each MAC: which exit it leads to, on what shapes, types and device."""
+    macs: float
+    """What it comes to, all rows together; above 0."""
+    may_stop: bool
+    """Whether it asks on its way if it should go on."""
+
+
+class Step(NamedTuple):
+    """An answer of a call, for all its rows."""
+
+    output: Any
+    """Of the type and keys of the network's output."""
+    exit_index: int
+    """The exit that spoke last."""
+    exits: Tensor
+    """The exit that each row's answer comes from (N,) int64, on the CPU."""
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """A network that answers step by step: what ``runtime.anytime.Refining`` makes deadlines from."""
+
+    def steps(self, call: tuple[tuple[Any, ...], dict[str, Any]], stop: Callable[[], bool]
+              ) -> Generator["Ahead | Step", None, None]:
+        """In turn an :class:`Ahead`, before its work is begun, and the :class:`Step` that it led to.
+
+        ``call`` is arguments and keyword arguments. Between operations, each time in the same order, the work calls
+        ``stop()`` and ends the iterator, without a further answer, where that says True. Whoever listens may leave
+        off at an Ahead. The iterator runs in the thread that asks it, and is left in no special mode of torch's.
+        """
+        ...

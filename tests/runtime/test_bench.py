@@ -66,9 +66,9 @@ def test_an_anytime_network_pays_all_heads_and_says_when_each_exit_answers(
     fast = net.deploy(plan(NEVER, setting="anytime"))
     advance = Leg._advance
 
-    def slow(leg: Leg, state: Any) -> Any:
+    def slow(leg: Leg, state: Any, *stop: Any) -> Any:
         time.sleep(0.004)
-        return advance(leg, state)
+        return advance(leg, state, *stop)
 
     monkeypatch.setattr(Leg, "_advance", slow)
     done = bench(fast, net, x, batch=batch, repeats=3)

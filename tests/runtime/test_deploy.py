@@ -77,9 +77,9 @@ def test_shrinking_drops_the_rows_and_what_nobody_needs_is_not_run(monkeypatch: 
     seen: list[int] = []
     advance = Leg._advance
 
-    def spy(leg: Leg, state: Any) -> Any:
+    def spy(leg: Leg, state: Any, *stop: Any) -> Any:
         seen.append(state.rows)
-        return advance(leg, state)
+        return advance(leg, state, *stop)
 
     monkeypatch.setattr(Leg, "_advance", spy)
     left = [23, 23 - int((exits == 0).sum()), int((exits == 2).sum())]

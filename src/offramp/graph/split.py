@@ -110,9 +110,10 @@ class Stage:
         """The graph module for a program, the example's if not said."""
         return self._for(program or self.traced.program).module
 
-    def __call__(self, state: State) -> Any:
+    def __call__(self, state: State, *more: Any) -> Any:
+        """``more`` goes to what ``compiled`` made, behind its inputs."""
         built = self._for(state.program)
-        out = built.run(*state.tensors, *state.carried, *state.values)
+        out = built.run(*state.tensors, *state.carried, *state.values, *more)
         if built.end is None:
             tensors = iter(out)
             rest = [next(tensors) if is_tensor else value

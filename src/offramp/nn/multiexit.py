@@ -66,7 +66,8 @@ class MultiExit(nn.Module):
         assert list(heads) == [site.name for site in sites], "heads follow the sites"
         self.backbone = backbone
         self.task, self.num_classes, self.sites = task, num_classes, tuple(sites)
-        self._read = logits
+        self.reads = logits
+        """Finds the logits in the guest's output; None where it holds none."""
         self._traced, self._stages = traced, split(traced, [site.name for site in sites])
         said = tuple(logits(traced.output).shape) if task == "dense" and logits is not None else ()
         columns: list[ExitColumn] = []
@@ -103,12 +104,12 @@ class MultiExit(nn.Module):
 
     def logits(self, output: Any) -> Tensor:
         """The logits in the guest's output; HeadError where it holds none (a submodule's feature maps, say)."""
-        if self._read is None:
+        if self.reads is None:
             raise HeadError(
                 expected="a network whose output holds logits", got=type(output).__name__, where="net.logits()",
                 todo="pass logits= to attach; without it exits can be stepped through, but not taught by the network",
             )
-        return self._read(output)
+        return self.reads(output)
 
     def columns_at(self, k: int) -> range:
         """Indices of the columns that hang at site ``k``."""
@@ -139,7 +140,7 @@ class MultiExit(nn.Module):
             said.extend(logits if isinstance(logits, tuple) else (logits,))
             state = cast(State, after)
         output = self.step(len(self.sites), state)[1]
-        said.append(output if self._read is None else self._read(output))
+        said.append(output if self.reads is None else self.reads(output))
         return said
 
     def retraced(self) -> "MultiExit":
@@ -149,7 +150,7 @@ class MultiExit(nn.Module):
         heads = {site.name: {column.head: self.head(column.name) for column in self.columns if column.site == site.name}
                  for site in self.sites}
         made = MultiExit(self.backbone, traced, [known[site.name] for site in self.sites], heads, task=self.task,
-                         num_classes=self.num_classes, logits=self._read)
+                         num_classes=self.num_classes, logits=self.reads)
         made.notes = self.notes
         return made.train(self.training)
 

@@ -2,7 +2,7 @@
 
 from offramp.runtime._deploy import deploy
 from offramp.runtime.adaptive import Adaptive, Answer
-from offramp.runtime.anytime import Anytime, Refined
+from offramp.runtime.anytime import Anytime, Refined, Refining
 from offramp.runtime.deadline import ByDeadline
 
-__all__ = ["Adaptive", "Answer", "Anytime", "ByDeadline", "Refined", "deploy"]
+__all__ = ["Adaptive", "Answer", "Anytime", "ByDeadline", "Refined", "Refining", "deploy"]

@@ -5,17 +5,16 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from offramp.cost.macs import count
-from offramp.errors import OfframpError, PlanError
+from offramp.errors import HeadError, OfframpError, PlanError
+from offramp.functional.confidence import top
 from offramp.nn.guest import evaluating, fingerprint_of
 from offramp.nn.multiexit import MultiExit, columns_at
-from offramp.nn.output import with_logits
+from offramp.nn.output import form_of, with_logits
 from offramp.nn.sizes import sizes_of
 from offramp.nn.slim import Slimmable
 from offramp.nn.widths import exits_of, narrow_exits
-from offramp.runtime import anytime
 from offramp.runtime._evidence import gather_for
 from offramp.runtime._legs import Build, Engine, build_legs, chain
 from offramp.runtime.adaptive import Adaptive, Part
@@ -91,8 +90,8 @@ def deploy(
         parts.append((legs, part.logits))
         ends.append(ended)
         macs += _macs(part, names)[: None if ended else -1]
-    pace = anytime.Pace(macs)
-    fast = Adaptive(chain(parts, ends), plan, answer=answer, gather=gather, shrink=shrink, engine=engine, pace=pace)
+    fast = Adaptive(chain(parts, ends), plan, answer=answer, gather=gather, shrink=shrink, engine=engine, macs=macs,
+                    sure=_sureness(exits_of(net)))
     if isinstance(net, Slimmable):
         fast.parts = tuple(
             Part(width, tuple(names), {"backbone": sizes_of(part.backbone),
@@ -142,8 +141,20 @@ def _answers(net: MultiExit, plan: Plan) -> Callable[[Tensor], Any]:
         return lambda logits: logits
     said = net.logits(template)
     with_logits(template, said, lambda _: said)
-    empty, form = said[:0].clone(), pytree.tree_map(lambda t: t[:0].clone() if isinstance(t, Tensor) else t, template)
-    return lambda logits: with_logits(form, logits, lambda _: empty)
+    return form_of(template, said)
+
+
+def _sureness(net: MultiExit) -> Callable[[Any], Tensor]:
+    """From an output to the probability of each row's or pixel's likeliest class; holds no network."""
+    reads = net.reads
+
+    def sure(output: Any) -> Tensor:
+        if reads is None:
+            raise HeadError(expected="a network whose output holds logits", got=type(output).__name__,
+                            where="confidence", todo="pass logits= to attach")
+        return top(reads(output))
+
+    return sure
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -13,6 +13,8 @@ from offramp.graph import Stage, State, Traced, begin, split
 from offramp.nn.guest import fold_batch_norms_
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.shortcut import ShortcutHead
+from offramp.runtime._direct import direct
+from offramp.runtime._stops import Stoppable, stoppable
 
 __all__ = ["Build", "Call", "Engine", "Leg", "Legs", "build_legs", "chain"]
 
@@ -80,10 +82,17 @@ class Leg:
     """Of a leg that ends a narrower network: finds the logits in its output, which is not the last word."""
     fresh: Callable[[Call, Tensor | None], State] | None = None
     """Of a leg that begins another width: the state of these rows of the call, from its inputs."""
+    asking: Stage | None = None
+    """The stage as one that takes ``stop`` behind its state and asks before each layer whether to give up. None of a
+    leg that is compiled: its layers are one."""
+    asking_head: Stoppable | None = None
 
-    def run(self, state: State) -> tuple[State, Tensor, Tensor | None]:
-        """To the leg's end: the state there, its exit's logits, and each pixel's score where that is compiled too."""
-        after = self._advance(state)
+    def run(self, state: State, stop: Callable[[], bool] | None = None) -> tuple[State, Tensor, Tensor | None]:
+        """To the leg's end: the state there, its exit's logits, and each pixel's score where that is compiled too.
+
+        GivenUp where ``stop()`` says True before one of its layers.
+        """
+        after = self._advance(state, stop)
         if self.reads is not None:
             said = self.reads(after)
             return state, said if self.wide is None else said.to(self.wide), None
@@ -92,18 +101,23 @@ class Leg:
             after = replace(after, values=after.values[: -self.extras])
             return after, said[0], said[1] if self.extras > 1 else None
         assert self.head is not None
-        logits: Tensor = self.head(*after.tensors)
+        if stop is None or self.asking_head is None:
+            logits: Tensor = self.head(*after.tensors)
+        else:
+            logits = self.asking_head(stop, *after.tensors)
         return after, logits if self.wide is None else logits.to(self.wide), None
 
-    def only_stage(self, state: State) -> Any:
-        """To the leg's end without a word from the exit; the whole output at the last."""
+    def only_stage(self, state: State, stop: Callable[[], bool] | None = None) -> Any:
+        """To the leg's end without a word from the exit; the whole output at the last. GivenUp as ``run``."""
         if self.head is not None:
-            after = self._advance(state)
+            after = self._advance(state, stop)
             return replace(after, values=after.values[: -self.extras]) if self.extras else after
-        output = self._advance(state)
+        output = self._advance(state, stop)
         return output if self.wide is None else pytree.tree_map(self._widen, output)
 
-    def _advance(self, state: State) -> Any:
+    def _advance(self, state: State, stop: Callable[[], bool] | None = None) -> Any:
+        if stop is not None and self.asking is not None:
+            return self.asking(state, stop)
         if self.mark and state.rows > 1:
             for tensor in (*state.tensors, *state.carried):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -204,27 +218,10 @@ def build_legs(net: MultiExit, exits: Sequence[str], build: Build, score: Callab
         else:
             stage = stage.compiled(direct)
         may_shrink = not last and chosen[k].shrinkable
-        made.append(Leg(stage, plain, head, extras, may_shrink, wide, build.engine == "compile"))
+        compiled = build.engine == "compile"
+        made.append(Leg(stage, plain, head, extras, may_shrink, wide, compiled, asking=None if compiled else
+                        plain.compiled(stoppable), asking_head=None if compiled or head is None else Stoppable(head)))
     return Legs(tuple(made), traced, nn.ModuleList([guest, *heads]), build)
-
-
-def direct(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph over the same modules, each found in one step: at batch 1 of a deep and narrow network, looking up
-    ``self.layer1.0.conv1`` dot by dot at each call takes some 5 % of the time."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    made = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(module).__name__)
-    made._modules.update(module._modules)
-    names: dict[Any, str] = {}
-    for node in graph.nodes:
-        target = str(node.target)
-        if node.op == "call_module":
-            node.target = names.setdefault(target, f"layer_{len(names)}")
-            vars(made)[node.target] = module.get_submodule(target)
-        elif node.op == "get_attr" and target.split(".")[0] not in module._modules:
-            vars(made)[target] = getattr(module, target)
-    made.graph, made.training = graph, module.training
-    return made
 
 
 def _direct_head(head: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ n rows of a call, m of them undecided, E exits (the plan's, then the backbone), 
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,13 +14,15 @@ from torch.utils import _pytree as pytree
 
 from offramp.errors import OfframpError, PlanError
 from offramp.graph import State
-from offramp.runtime import anytime
 from offramp.runtime._evidence import Gather
 from offramp.runtime._legs import Build, Call, Engine, Leg, Legs
 from offramp.runtime._output import Assembly, rows_of
 from offramp.runtime._passing import Passing
 from offramp.runtime._shrink import Crossover, Shrinker
-from offramp.types import Plan, Policy
+from offramp.runtime._steps import steps_of
+from offramp.runtime.anytime import Refining
+from offramp.runtime.pace import Deadlines, Pace
+from offramp.types import Ahead, Plan, Policy, Step
 
 __all__ = ["Adaptive", "Answer", "Part"]
 
@@ -55,12 +57,13 @@ class _Piece(NamedTuple):
     exit_index: int
 
 
-class Adaptive(nn.Module):
+class Adaptive(Refining, nn.Module):
     """A network that takes as many stages as each input needs; made by :func:`deploy`.
 
     ``fast(x)`` answers as the untouched network would, in type, keys and order of rows. ``fast.stream(x)`` gives rows
-    as soon as they are decided, ``fast.each(callback, x)`` calls back with them, ``fast.anytime(x, deadline_ms=30)``
-    gives ever better answers for all of them. Any number of threads may call.
+    as soon as they are decided, ``fast.each(callback, x)`` calls back with them. ``fast.anytime(x, deadline_ms=30)``
+    gives ever better answers for all of them, ``fast.predict(x, deadline_ms=30)`` the last of these in time. Any number
+    of threads may call.
 
     What it does is the plan's ``setting``. "input_dependent": rows leave by the plan's policy. "budgeted": all end at
     the plan's one exit; deeper weights are gone. "anytime": ``fast(x)`` is the last answer, and earlier exits do not
@@ -71,14 +74,16 @@ class Adaptive(nn.Module):
     """Of a network of several widths: those that run, in turn."""
 
     def __init__(self, legs: Legs, plan: Plan, *, answer: Callable[[Tensor], Any], gather: Gather,
-                 shrink: bool | Literal["auto"], engine: Engine, pace: anytime.Pace) -> None:
+                 shrink: bool | Literal["auto"], engine: Engine, macs: Sequence[int],
+                 sure: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.plan, self.engine = plan, engine
         self.body = legs.module  # the copy of the guest and the chosen heads, for .parameters() and friends
         self._built, self._legs = legs, legs.legs
         self.answer = answer
         """Puts an exit's logits in the form of the network's output."""
-        self.gather, self.pace = gather, pace
+        self.gather, self.macs = gather, tuple(macs)
+        self.pace, self.deadlines, self._sure = Pace(), Deadlines(), sure
         self._silent_until = max((k for k, leg in enumerate(legs.legs) if leg.fresh is not None), default=0)
         self._shrinker = Shrinker(shrink, len(legs.legs))
         self._last = threading.local()
@@ -112,18 +117,17 @@ class Adaptive(nn.Module):
         self._note(exits, count)
         return whole.output()
 
-    def anytime(self, *args: Any, deadline_ms: float | None = None, **kwargs: Any) -> anytime.Anytime:
-        """Answers for all rows, each better than the one before, until ``deadline_ms`` after this call.
+    def steps(self, call: Call, stop: Callable[[], bool]) -> Generator[Ahead | Step, None, None]:
+        """The exits' answers for all rows, one by one (``offramp.types.Steps``).
 
-        Each is an :class:`~offramp.runtime.anytime.Refined`. The first comes whatever the deadline; a deeper leg starts
-        only where it should end in time by its running median (:class:`~offramp.runtime.anytime.Pace`; ``calibrate``
-        fills it beforehand). Without a deadline every exit speaks. Where the plan is input-dependent, rows that its
-        policy settled keep their answer, and the answers end once all are settled.
+        Where the plan is input-dependent, rows that its policy settled keep their answer, and the answers end once all
+        are settled. On a CPU a leg can be given up between its layers, unless it is compiled: then it is one.
         """
-        start = anytime.now()
-        with torch.inference_mode():
-            state = self._built.begin(*args, **kwargs)
-        return anytime.Anytime(self, state, (args, kwargs), deadline_ms, start)
+        return steps_of(self, call, stop)
+
+    def sure(self, output: Any) -> Tensor:
+        """The probability of the likeliest class, of each row (n,) or pixel (n, H, W)."""
+        return self._sure(output)
 
     @property
     def shrink(self) -> bool | Literal["auto"]:
@@ -140,14 +144,14 @@ class Adaptive(nn.Module):
         return _exits_of(*found)
 
     @torch.inference_mode()
-    def calibrate(self, *args: Any, **kwargs: Any) -> tuple[Crossover | None, ...]:
+    def calibrate(self, *args: Any, repeats: int = 7, **kwargs: Any) -> tuple[Crossover | None, ...]:
         """Measure on such inputs, of the batch size to come, at which stages shrinking pays; ``shrink="auto"`` obeys.
 
         Without it each stage is measured the first time that rows leave before it. For an "anytime" plan the legs are
-        timed instead, for the deadlines to come.
+        timed instead, ``repeats`` times, for the deadlines to come.
         """
         if self.plan.setting == "anytime":
-            for _ in range(4):  # the first is not kept
+            for _ in range(1 + repeats):  # the first is not kept
                 deque(self.anytime(*args, **kwargs), maxlen=0)
             return self._shrinker.crossovers
         state: Any = self._built.begin(*args, **kwargs)
@@ -272,7 +276,7 @@ class Adaptive(nn.Module):
 
     def extra_repr(self) -> str:
         return (f"{self.plan.setting}, exits={list(self.plan.exits)}, engine={self.engine!r}, "
-                f"shrink={self._shrinker.mode!r}")
+                f"shrink={self._shrinker.mode!r}" + (f", deadlines: {self.deadlines}" if self.deadlines.calls else ""))
 
 
 def _answer(piece: _Piece, count: int) -> Answer:

@@ -1,31 +1,39 @@
-"""Anytime: ever better answers until a deadline (MESS, arXiv:2106.03527, 5.1 and 6.4). Times are wall-clock ms."""
+"""Anytime: ever better answers until a deadline (MESS, arXiv:2106.03527, 5.1 and 6.4; ADP-C, arXiv:2104.00749, 3.1).
 
-import statistics
+:class:`Refining` gives ``anytime``, ``predict`` and ``anytime_async`` to whatever answers step by step
+(``offramp.types.Steps``). Times are wall-clock milliseconds, from the call on.
+"""
+
+import asyncio
+import math
 import threading
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from offramp.errors import OfframpError
-from offramp.graph import State
-from offramp.runtime._legs import Call
-from offramp.runtime._output import rows_of
-from offramp.runtime._passing import Passing
+from offramp.runtime import pace as clock
+from offramp.runtime.pace import Deadlines, Pace, Watch, deadline_of
+from offramp.types import Ahead, Step
 
-if TYPE_CHECKING:
-    from offramp.runtime.adaptive import Adaptive
+__all__ = ["Anytime", "Refined", "Refining", "Stop"]
 
-__all__ = ["Anytime", "Pace", "Refined"]
-
-_KEPT, _ENOUGH = 15, 3
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Refined(NamedTuple):
+class Stop(Protocol):
+    """Another thread's wish for what there is by now: a ``threading.Event``, for one."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
     """The best answer so far, for all rows of the call."""
 
     output: Any
@@ -36,143 +44,176 @@ class Refined(NamedTuple):
     """The exit that each row's answer comes from (n,) int64."""
     elapsed_ms: float
     """Since the call."""
+    late: bool
+    """Whether it came after the deadline; only the first answer of a call can."""
+    _sure: Callable[[Any], Tensor] = field(repr=False)
+
+    @cached_property
+    def confidence(self) -> float:
+        """How sure the answer is of itself, in [0, 1]: the probability of the likeliest class, averaged over all rows
+        and pixels; nan without rows. Computed when first asked for, so that nobody's deadline pays for it."""
+        with torch.inference_mode():
+            return float(self._sure(self.output).double().mean())
 
 
-class Pace:
-    """How long each leg takes, learnt from the calls: a running median for each shape of the batch before it.
+class Refining(ABC):
+    """``anytime``, ``predict`` and ``anytime_async``, for a class with ``steps`` as ``offramp.types.Steps`` has it.
 
-    The first run on a shape traces, compiles or warms up and is not kept. Until a leg has been timed three times, the
-    call's own pace so far (ms per MAC of the backbone) stands in where it promises a shorter time, so that one slow run
-    cannot rule a leg out for good.
+    The first answer always comes, whatever the deadline: one that is impossible gets the first exit's answer, ``late``.
+    Deeper work begins only where it should end in time by what earlier calls took
+    (:class:`~offramp.runtime.pace.Pace`), and work that can be given up on its way is, as soon as it could not end in
+    time any more. An answer that comes late all the same is dropped for the one before it.
+
+    A ``stop``, anything with ``is_set()`` such as a ``threading.Event``, asks from another thread for what there is by
+    now: work is given up at the next operation, or right behind the first answer where that had not come yet. Any
+    number of threads may call at once, each with deadlines of its own.
     """
 
-    def __init__(self, macs: Sequence[int]) -> None:
-        self.macs = tuple(max(1, one) for one in macs)
-        self._known: dict[Any, deque[float]] = {}
-        self._lock = threading.Lock()
+    pace: Pace
+    """What is known of the clock."""
+    deadlines: Deadlines
+    """Calls with a deadline, and how many missed it: ``fast.deadlines.missed``, ``fast.deadlines.reset()``."""
 
-    def expect(self, leg: int, state: State, rate: float) -> float:
-        """Milliseconds that a leg should take; ``rate`` is the ms per MAC and row of this call so far."""
-        guess = rate * self.macs[leg] * max(1, state.rows)
-        with self._lock:
-            known = self._known.get(_kind(leg, state), ())
-            median = statistics.median(known) if known else guess
-            return median if len(known) >= _ENOUGH else min(median, guess)
+    @abstractmethod
+    def steps(self, call: Call, stop: Callable[[], bool]) -> Generator[Ahead | Step, None, None]:
+        """As :class:`offramp.types.Steps` has it."""
 
-    def note(self, leg: int, state: State, ms: float) -> None:
-        """A leg took so long from this state."""
-        with self._lock:
-            known = self._known.get(_kind(leg, state))
-            if known is None:
-                self._known[_kind(leg, state)] = deque(maxlen=_KEPT)
-            else:
-                known.append(ms)
+    @abstractmethod
+    def sure(self, output: Any) -> Tensor:
+        """How sure an output is of each row or pixel, in [0, 1]."""
+
+    def anytime(self, *args: Any, deadline_ms: float | None = None, stop: Stop | None = None,
+                **kwargs: Any) -> "Anytime":
+        """Answers for all rows, each a :class:`Refined` and better than the one before, until the deadline.
+
+        Nothing runs between the answers, and the time that whoever listens spends there counts. Without a deadline
+        every exit speaks. OfframpError where the deadline is no number >= 0.
+        """
+        return Anytime(self, (args, kwargs), deadline_of(deadline_ms, "anytime()"), stop)
+
+    def predict(self, *args: Any, deadline_ms: float | None = None, stop: Stop | None = None, **kwargs: Any) -> Refined:
+        """The last answer that arrived in time; the first exit's where none did. Without a deadline the best."""
+        run = Anytime(self, (args, kwargs), deadline_of(deadline_ms, "predict()"), stop)
+        for _ in run:
+            pass
+        assert run.latest is not None, "the first answer always comes"
+        return run.latest
+
+    def anytime_async(self, *args: Any, deadline_ms: float | None = None, stop: Stop | None = None,
+                      **kwargs: Any) -> AsyncGenerator[Refined, None]:
+        """The same as an asynchronous iterator: ``async for answer in fast.anytime_async(x, deadline_ms=30)``.
+
+        The work runs in a thread of this call's own, which waits for nobody who listens, so that the event loop stays
+        free; the clock starts now. Where the iteration is left, its task is cancelled for one, work is given up at the
+        next operation, before the first answer too, and the thread ends.
+        """
+        return _in_a_thread(Anytime(self, (args, kwargs), deadline_of(deadline_ms, "anytime_async()"), stop))
 
 
 class Anytime(Iterator[Refined]):
     """Answers for all rows, each better than the one before; made by ``fast.anytime(x, deadline_ms=...)``.
 
-    Any thread may read ``latest`` or call ``stop()`` when a result is needed now.
+    Any thread may read ``latest``, call ``stop()`` when a result is needed now, or ``close()`` when none is any more.
     """
 
-    def __init__(self, fast: "Adaptive", state: State, call: Call, deadline_ms: float | None, start: float) -> None:
-        if deadline_ms is not None and deadline_ms != deadline_ms:
-            raise OfframpError(expected="deadline_ms as a number", got=repr(deadline_ms), where="anytime()")
+    def __init__(self, fast: Refining, call: Call, deadline_ms: float | None, stop: Stop | None = None) -> None:
+        if stop is not None and not callable(getattr(stop, "is_set", None)):
+            raise OfframpError(expected="stop as a threading.Event, or None", got=type(stop).__name__,
+                               where="anytime()")
         self.latest: Refined | None = None
         """The best answer so far."""
-        self._stopped = threading.Event()
-        self._answers = _refine(fast, state, call, deadline_ms, start, self._stopped)
+        self._stopped, self._theirs = threading.Event(), stop
+        start = clock.now()
+        self._watch = Watch(start + (math.inf if deadline_ms is None else deadline_ms), self._asked)
+        self._answers = self._refine(fast, call, start, deadline_ms is not None)
 
     def __next__(self) -> Refined:
         self.latest = next(self._answers)
         return self.latest
 
     def stop(self) -> None:
-        """Start no further leg."""
+        """Take no further answer than the first: work under way is given up where it can be."""
         self._stopped.set()
 
+    def close(self) -> None:
+        """Give up at once, before the first answer too; no answer comes any more."""
+        self._watch.closed = True
 
-def _refine(fast: "Adaptive", state: Any, call: Call, deadline_ms: float | None, start: float,
-            stopped: threading.Event) -> Iterator[Refined]:
-    turn = Passing(fast.plan, state.rows)
+    def _asked(self) -> bool:
+        return self._stopped.is_set() or (self._theirs is not None and self._theirs.is_set())
+
+    def _refine(self, fast: Refining, call: Call, start: float, timed: bool) -> Iterator[Refined]:
+        watch, pace, steps = self._watch, fast.pace, fast.steps(call, self._watch)
+        spent, work, first, missed = 0.0, 0.0, True, False
+        try:
+            while isinstance(ahead := next(steps, None), Ahead):
+                rate = spent / work if work else 0.0
+                if watch.closed or not first and self._over(pace, ahead, rate):
+                    return
+                watch.begin(first, *pace.rest(ahead))
+                began = clock.now()
+                step = next(steps, None)
+                ended = clock.now()
+                missed = ended > watch.until
+                if not isinstance(step, Step):  # given up
+                    if not (watch.closed or self._asked()):
+                        pace.note(ahead, max(ended - began, watch.until - began), rate)
+                    return
+                pace.note(ahead, ended - began, rate)
+                pace.share(ahead, watch.shares(began, ended))
+                spent, work = spent + ended - began, work + ahead.macs
+                if missed and not first or watch.closed:
+                    return
+                yield Refined(step.output, step.exit_index, step.exits, ended - start, missed, fast.sure)
+                if missed:
+                    return
+                first = False
+        finally:
+            if timed and work:
+                fast.deadlines.note(missed)
+            steps.close()
+
+    def _over(self, pace: Pace, ahead: Ahead, rate: float) -> bool:
+        """Whether the next work is not to be begun."""
+        if self._asked():
+            return True
+        if clock.now() + pace.expect(ahead, rate) <= self._watch.until:
+            return False
+        pace.refuse(ahead)
+        return True
+
+
+async def _in_a_thread(run: Anytime) -> AsyncGenerator[Refined, None]:
+    loop, said = asyncio.get_running_loop(), asyncio.Queue[Refined | BaseException | None]()
+    ended = asyncio.Event()
+
+    def tell(what: Refined | BaseException | None) -> None:
+        try:
+            loop.call_soon_threadsafe(said.put_nowait, what)
+        except RuntimeError:  # nobody listens: the loop is closed
+            run.close()
+
+    def work() -> None:
+        try:
+            for answer in run:
+                tell(answer)
+            tell(None)
+        except BaseException as error:
+            tell(error)
+        finally:
+            try:
+                loop.call_soon_threadsafe(ended.set)
+            except RuntimeError:
+                pass
+
+    thread = threading.Thread(target=work, name="offramp-anytime", daemon=True)
+    thread.start()
     try:
-        yield from _steps(fast, state, call, deadline_ms, start, stopped, turn)
+        while (what := await said.get()) is not None:
+            if isinstance(what, BaseException):
+                raise what
+            yield what
     finally:
-        turn.end()
-
-
-def _steps(fast: "Adaptive", state: Any, call: Call, deadline_ms: float | None, start: float,
-           stopped: threading.Event, turn: Passing) -> Iterator[Refined]:
-    count, pace, spent, work = state.rows, fast.pace, 0.0, 0.0
-    whole, exits = None, torch.zeros(count, dtype=torch.int64)
-    rows: Tensor | None = None  # as in Adaptive: places of the unsettled rows in the call, and in the state
-    alive: Tensor | None = None
-    parts: list[Any] = []
-    for k, leg in enumerate(fast.legs):
-        if leg.fresh is not None:
-            with torch.inference_mode():
-                state, alive = leg.fresh(call, rows), None
-        before = state
-        if k:
-            expected = pace.expect(k, before, spent / work)
-            if stopped.is_set() or (deadline_ms is not None and now() - start + expected > deadline_ms):
-                return
-        began, leaves = now(), None
-        with torch.inference_mode():
-            if k == len(fast.legs) - 1:
-                output = leg.only_stage(state)
-                turn.reached = k
-            else:
-                state, logits, score = leg.run(state)
-                output = fast.answer(logits)
-                if fast.plan.setting == "input_dependent" and count:
-                    if alive is not None:
-                        logits, score = logits[alive], None if score is None else score[alive]
-                    leaves = fast.ask(k, logits, score, parts, turn.policy)
-                    turn.left(k, int(leaves.sum()))
-            if rows is None:
-                whole, exits = output, torch.full((count,), k)
-            else:
-                whole = _replaced(whole, rows, rows_of(output, alive))
-                exits = exits.index_fill(0, rows.cpu(), k)
-            _wait(before)
-        took = now() - began
-        pace.note(k, before, took)
-        spent, work = spent + took, work + pace.macs[k] * max(1, before.rows)
-        yield Refined(whole, k, exits, now() - start)
-        if leaves is None or not bool(leaves.any()):
-            continue
-        if bool(leaves.all()):
-            return
-        with torch.inference_mode():
-            stay = (~leaves).nonzero().squeeze(1)
-            parts[:] = [fast.gather.keep(part, stay) for part in parts]
-            rows = stay if rows is None else rows[stay]
-            alive = stay if alive is None else alive[stay]
-            # Whether a copy pays is not measured here: that would take from somebody's deadline.
-            if leg.may_shrink and fast.shrink is not False:
-                state, alive = state.select(alive), None
-
-
-def _replaced(whole: Any, rows: Tensor, output: Any) -> Any:
-    """A copy with some rows replaced: whoever holds an earlier answer may keep it."""
-    leaves, spec = pytree.tree_flatten(whole)
-    fresh = [leaf.index_copy(0, rows, new) if isinstance(leaf, Tensor) else leaf
-             for leaf, new in zip(leaves, pytree.tree_leaves(output), strict=True)]
-    return pytree.tree_unflatten(fresh, spec)
-
-
-def _wait(state: State) -> None:
-    device = state.tensors[0].device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _kind(leg: int, state: State) -> Any:
-    first = state.tensors[0]
-    return leg, tuple(first.shape), first.dtype, first.device
-
-
-def now() -> float:
-    """A clock in milliseconds."""
-    return time.perf_counter() * 1e3
+        run.close()
+        await ended.wait()
+        thread.join()  # it has nothing left to do

@@ -25,8 +25,8 @@ def cut_short(legs: Legs, answer: Callable[[Tensor], Any]) -> Legs:
     used = {id(tensor) for tensor in reads(first.plain.module())}
     module = Kept(legs.module, used)
     ends = [Ending(leg, answer, module) for leg in (first, replace(first, stage=first.plain, extras=0, mark=False))]
-    return replace(legs, legs=(replace(first, stage=ends[0], plain=ends[1], head=None, extras=0, mark=False),),
-                   module=module)
+    return replace(legs, legs=(replace(first, stage=ends[0], plain=ends[1], head=None, extras=0, mark=False,
+                                       asking=first.asking and ends[0], asking_head=None),), module=module)
 
 
 class Ending(Stage):
@@ -37,7 +37,7 @@ class Ending(Stage):
         self._leg, self._answer, self._kept = leg, answer, kept
         self._proved: set[Program] = {leg.plain.traced.program}
 
-    def __call__(self, state: State) -> Any:
+    def __call__(self, state: State, *more: Any) -> Any:
         if state.program not in self._proved:
             # Another kind of input may take another way through the network: not one that reads what is gone.
             if self._kept.misses(self._leg.plain.module(state.program)):
@@ -46,7 +46,7 @@ class Ending(Stage):
                     got="inputs that need weights beyond the exit", todo="deploy with such inputs as the example.",
                 )
             self._proved.add(state.program)
-        return self._answer(self._leg.run(state)[1])
+        return self._answer(self._leg.run(state, *more)[1])
 
 
 class Kept(nn.ModuleList):
