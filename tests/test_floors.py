@@ -21,6 +21,8 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "cost": set(), "graph": {"cost"}, "nn": {"graph", "cost", "functional"}, "data": {"functional"},
     "models": set(),
     "train": {"nn", "data", "functional", "graph", "cost"}, "runtime": {"nn", "functional", "cost", "graph"},
+    # what a masked network leaves to do, and who does it
+    "sparse": {"nn", "graph", "cost", "functional", "_kernel", "runtime"},
     # the bridges from model to evidence; what single pixels cost depends on which, so no table can hold it
     "prices": {"nn", "cost", "table", "functional"},
     "record": {"nn", "graph", "cost", "table", "functional", "data", "prices"},

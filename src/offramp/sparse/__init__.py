@@ -1,0 +1,6 @@
+"""Masked networks at run time: what lies after the first exit runs at active places alone (arXiv:2104.00749)."""
+
+from offramp.sparse.network import Said, Sparse, deploy
+from offramp.sparse.plain import Plain, Runner
+
+__all__ = ["Plain", "Runner", "Said", "Sparse", "deploy"]
