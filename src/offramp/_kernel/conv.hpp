@@ -15,14 +15,19 @@ inline const float* first_tap(const Conv& c, uint32_t place) {
 struct Chunk {
     const uint32_t* places;
     const uint8_t* saves;
-    float* raw;                  // of the first place
-    int64_t count;
+    float* raw;                  // of the first place; null: none is saved
+    int64_t count, row;          // floats from one place's raw copy to the next
 };
+
+inline float* raw_of(const Chunk& chunk, int64_t number) {
+    return chunk.raw && chunk.saves[number] ? chunk.raw + number * chunk.row : nullptr;
+}
 
 inline Chunk chunk_of(const Op& op, int64_t number, float* raw, int64_t row) {
     const List<uint32_t>& active = op.region->level->active;
     const int64_t first = number * CHUNK;
-    return {active.at + first, op.region->saves.at + first, raw + first * row, least(CHUNK, active.count - first)};
+    return {active.at + first, op.region->level->saves.at + first, raw ? raw + first * row : nullptr,
+            least(CHUNK, active.count - first), row};
 }
 
 // Finishes B vectors of one place from channel `first` on, of which `left` channels are there.
@@ -78,12 +83,10 @@ void block(const Conv& c, const Chunk& chunk, const Block& of, int64_t from, int
         scale[b] = load_upto(c.scale + of.first + b * LANES, count);
         shift[b] = load_upto(c.shift + of.first + b * LANES, count);
     }
-    const int64_t row = raw_row(c);
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
         if (p >= valid) break;
-        float* raw = chunk.saves[from + p] ? chunk.raw + (from + p) * row : nullptr;
-        finish_all<B>(c, chunk.places[from + p], raw, of.first, of.left, sum[p], scale, shift);
+        finish_all<B>(c, chunk.places[from + p], raw_of(chunk, from + p), of.first, of.left, sum[p], scale, shift);
     }
 }
 
@@ -155,20 +158,17 @@ void convolve(const Op& op, int64_t task, float* raw) {
 template <int P>
 inline void depthwise_block(const Conv& c, const Chunk& chunk, int64_t from, int first, int count) {
     const float* tap[P];
-    V sum[1][P] = {};
+    V sum[P] = {};
     for (int p = 0; p < P; ++p) tap[p] = first_tap(c, chunk.places[from + p]) + first;
-    const int64_t row = raw_row(c);
     for (int r = 0; r < c.runs; ++r) {
-        const V w = load(c.weight + r * row + first);
+        const V w = load(c.weight + r * chunk.row + first);
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sum[0][p] += w * load_upto(tap[p] + c.jump[r], count);
+        for (int p = 0; p < P; ++p) sum[p] += w * load_upto(tap[p] + c.jump[r], count);
     }
     const V scale = load_upto(c.scale + first, count), shift = load_upto(c.shift + first, count);
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-        float* raw = chunk.saves[from + p] ? chunk.raw + (from + p) * row : nullptr;
-        finish_all<1>(c, chunk.places[from + p], raw, first, count, &sum[0][p], &scale, &shift);
-    }
+    for (int p = 0; p < P; ++p)
+        finish_all<1>(c, chunk.places[from + p], raw_of(chunk, from + p), first, count, &sum[p], &scale, &shift);
 }
 
 void depthwise(const Op& op, int64_t task, float* raw) {
@@ -186,7 +186,8 @@ void depthwise(const Op& op, int64_t task, float* raw) {
 template <int B>
 inline void interpolate(const Op& op, const Conv& c, int64_t h, int channel, const float* raw) {
     const Level& level = *op.region->level;
-    const int32_t number = op.region->from.at[h];
+    const uint32_t place = op.region->halo.at[h];
+    const int32_t number = -2 - number_at(level, place);
     const int64_t step = raw_row(c), last = level.start.at[number + 1];
     int64_t i = level.start.at[number];
     V sum[B] = {};
@@ -200,7 +201,6 @@ inline void interpolate(const Op& op, const Conv& c, int64_t h, int channel, con
     }
     const bool bare = all == 0;
     const V part = spread(1 / all);
-    const uint32_t place = op.region->halo.at[h];
     float* out = at(c.out, place) + channel;
     const float* residual = c.residual.at ? at(c.residual, place) + channel : nullptr;
     const int outputs = c.groups * c.outputs;

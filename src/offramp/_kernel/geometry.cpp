@@ -65,8 +65,13 @@ void list(const uint8_t* map, int32_t height, int32_t width, List<uint32_t>& pla
     places.count = count;
 }
 
-void add_row(uint8_t* to, const uint8_t* from, int64_t count) {
+// Bytes may lie over anything, so that a compiler keeps no pointer in a register beside them unless it is told to.
+void add_row(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] |= from[i];
+}
+
+void without(uint8_t* to, const uint8_t* all, const uint8_t* __restrict some, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = all[i] & (some[i] ^ 1);
 }
 
 int64_t up(int64_t a, int64_t b) { return a <= 0 ? 0 : (a + b - 1) / b; }
@@ -93,9 +98,9 @@ void through_window(const Read& r, const Level& from, const uint8_t* read, const
     }
 }
 
-// Places of a map that are read when it is resized to the places `read`.
+// Places of a map that are read when it is resized to the places `read`. spans: room for 2 * to.width.
 void through_resize(const Read& r, const Level& from, const uint8_t* read, const Level& to, uint8_t* all,
-                    uint8_t* rows) {
+                    uint8_t* rows, int32_t* spans) {
     memset(rows, 0, (size_t)((int64_t)to.height * from.width));
     const bool twice = r.rows.part != nullptr;
     for (int64_t y = 0; y < from.height; ++y) {
@@ -103,24 +108,34 @@ void through_resize(const Read& r, const Level& from, const uint8_t* read, const
         add_row(rows + (int64_t)r.rows.first[y] * from.width, row, from.width);
         if (twice) add_row(rows + (int64_t)r.rows.second[y] * from.width, row, from.width);
     }
+    // Those that read a column lie side by side: second is first or the next one, and both only grow.
+    for (int32_t x = 0, first = 0, last = 0; x < to.width; ++x) {
+        while (first < from.width && r.columns.second[first] < x) ++first;
+        while (last < from.width && r.columns.first[last] <= x) ++last;
+        spans[2 * x] = first;
+        spans[2 * x + 1] = last;
+    }
     for (int64_t y = 0; y < to.height; ++y) {
         const uint8_t* row = rows + y * from.width;
         uint8_t* into = all + y * to.width;
-        for (int64_t x = 0; x < from.width; ++x) into[r.columns.first[x]] |= row[x];
-        for (int64_t x = 0; twice && x < from.width; ++x) into[r.columns.second[x]] |= row[x];
+        for (int64_t x = 0; x < to.width; ++x) {
+            uint8_t any = into[x];
+            for (int32_t i = spans[2 * x]; i < spans[2 * x + 1]; ++i) any |= row[i];
+            into[x] = any;
+        }
     }
 }
 
 bool activate(Level& level, const uint8_t* mask, int32_t height, int32_t width) {
     const int64_t size = (int64_t)level.height * level.width;
-    if (!room(level.on, size) || !room(level.wanted, size) || !room(level.active, size + 1)) return false;
+    if (!room(level.on, size) || !room(level.wanted, size) || !room(level.active, size + 1) ||
+        !room(level.halo, size + 1)) return false;
+    const int64_t wide = level.width;
     for (int64_t y = 0; y < level.height; ++y) {
         const uint8_t* row = mask + nearest(y, height, level.height) * width;
-        uint8_t* to = level.on.at + y * level.width;
-        if (width == level.width)
-            for (int64_t x = 0; x < width; ++x) to[x] = row[x] != 0;
-        else
-            for (int64_t x = 0; x < level.width; ++x) to[x] = row[nearest(x, width, level.width)] != 0;
+        uint8_t* __restrict to = level.on.at + y * wide;
+        if (width == wide) memcpy(to, row, (size_t)wide);
+        else for (int64_t x = 0; x < wide; ++x) to[x] = row[nearest(x, width, wide)];
     }
     list(level.on.at, level.height, level.width, level.active);
     memset(level.wanted.at, 0, (size_t)size);
@@ -135,16 +150,16 @@ bool reach(Plan& plan, Region& region) {
     for (int32_t i = 0; i < region.num_reads; ++i) {
         const Read& read = region.reads[i];
         const Level& from = plan.levels[read.level];
-        if (!room(plan.scratch, (int64_t)level.height * from.width)) return false;
+        if (!room(plan.scratch, (int64_t)level.height * from.width) || !room(plan.spans, 2 * level.width)) return false;
         const uint8_t* there = read.region < 0 ? from.on.at : plan.regions[read.region].all.at;
-        (read.resized ? through_resize : through_window)(read, from, there, level, region.all.at, plan.scratch.at);
+        if (read.resized)
+            through_resize(read, from, there, level, region.all.at, plan.scratch.at, plan.spans.at);
+        else
+            through_window(read, from, there, level, region.all.at, plan.scratch.at);
     }
-    int64_t count = 0;
-    each(region.all.at, level.height, level.width, [&](uint32_t place, uint8_t here) {
-        region.halo.at[count] = place;
-        count += here & !level.on.at[row_of(place) * level.width + column_of(place)];
-    });
-    region.halo.count = count;
+    if (!room(plan.scratch, size)) return false;
+    without(plan.scratch.at, region.all.at, level.on.at, size);
+    list(plan.scratch.at, level.height, level.width, region.halo);
     if (region.interpolates) add_row(level.wanted.at, region.all.at, size);
     return true;
 }
@@ -154,51 +169,35 @@ bool neighbours(Level& level, int32_t reach) {
     Offset window[SQUARES * SQUARES];
     const int around = offsets(window);
     const int64_t wide = level.width + 2 * WINDOW, size = wide * (level.height + 2 * WINDOW);
-    if (!room(level.number, size)) return false;
-    const auto number_of = [&](uint32_t place) {
-        return level.number.at + (row_of(place) + WINDOW) * wide + column_of(place) + WINDOW;
-    };
+    if (!room(level.number, size) || !room(level.saves, level.active.count + 1)) return false;
+    memset(level.saves.at, 0, (size_t)level.active.count);
     for (int64_t i = 0; i < size; ++i) level.number.at[i] = -1;
-    for (int64_t i = 0; i < level.active.count; ++i) *number_of(level.active.at[i]) = (int32_t)i;
-    int64_t wanted = 0;
-    for (int64_t i = 0; i < (int64_t)level.height * level.width; ++i) wanted += level.wanted.at[i] & !level.on.at[i];
+    for (int64_t i = 0; i < level.active.count; ++i) number_at(level, level.active.at[i]) = (int32_t)i;
+    without(level.wanted.at, level.wanted.at, level.on.at, (int64_t)level.height * level.width);
+    list(level.wanted.at, level.height, level.width, level.halo);
+    const int64_t wanted = level.halo.count, nobody = level.active.count;
     if (!room(level.start, wanted + 1) || !room(level.source, around * wanted + 1) ||
         !room(level.excess, around * wanted + 1)) return false;
     int64_t steps[SQUARES * SQUARES];
     for (int i = 0; i < around; ++i) steps[i] = window[i].dy * wide + window[i].dx;
-    int32_t pairs = 0, h = 0;
-    each(level.wanted.at, level.height, level.width, [&](uint32_t place, uint8_t here) {
-        int32_t* at = number_of(place);
-        if (!here || *at >= 0) return;
-        level.start.at[h] = pairs;
+    int32_t pairs = 0, *start = level.start.at, *source = level.source.at;
+    uint8_t *__restrict excess = level.excess.at, *__restrict saves = level.saves.at;
+    for (int64_t h = 0; h < wanted; ++h) {
+        int32_t* at = &number_at(level, level.halo.at[h]);
+        *at = -2 - (int32_t)h;  // as negative as what is not active
+        start[h] = pairs;
         int closest = SQUARES;
         for (int i = 0; i < around && window[i].square <= closest + reach; ++i) {
             const int32_t there = at[steps[i]];
             const int square = window[i].square;
             closest = there >= 0 && square < closest ? square : closest;
-            level.source.at[pairs] = there;
-            level.excess.at[pairs] = (uint8_t)(square - closest);
+            saves[there >= 0 ? there : nobody] = 1;
+            source[pairs] = there;
+            excess[pairs] = (uint8_t)(square - closest);
             pairs += there >= 0;
         }
-        *at = -2 - h++;  // as negative as what is not active
-    });
-    level.start.at[h] = pairs;
-    level.start.count = wanted;
-    return true;
-}
-
-bool save(Region& region) {
-    const Level& level = *region.level;
-    if (!room(region.from, region.halo.count) || !room(region.saves, level.active.count)) return false;
-    if (level.active.count) memset(region.saves.at, 0, (size_t)level.active.count);
-    const int64_t wide = level.width + 2 * WINDOW;
-    for (int64_t h = 0; h < region.halo.count; ++h) {
-        const uint32_t place = region.halo.at[h];
-        const int32_t number = -2 - level.number.at[(row_of(place) + WINDOW) * wide + column_of(place) + WINDOW];
-        region.from.at[h] = number;
-        for (int32_t i = level.start.at[number]; i < level.start.at[number + 1]; ++i)
-            region.saves.at[level.source.at[i]] = 1;
     }
+    start[wanted] = pairs;
     return true;
 }
 
@@ -212,13 +211,10 @@ bool settle(Plan& plan, const uint8_t* mask, int32_t height, int32_t width) {
         if (!reach(plan, plan.regions[i])) return false;
     for (int64_t i = 0; i < plan.num_levels; ++i)
         if (!neighbours(plan.levels[i], plan.excess)) return false;
-    for (int64_t i = 0; i < plan.num_regions; ++i)
-        if (plan.regions[i].interpolates && !save(plan.regions[i])) return false;
     for (int64_t i = 0; i < plan.num_ops; ++i) {
         const Op& op = plan.ops[i];
-        if (op.kind != CONV && op.kind != DEPTHWISE) continue;
-        const int64_t rows = op.region->halo.count ? op.region->level->active.count : 0;
-        if (!room(plan.raws[op.raw], rows * raw_row(*static_cast<const Conv*>(op.body)))) return false;
+        if (op.raw >= 0 && op.region->halo.count &&
+            !room(plan.raws[op.raw], op.region->level->active.count * raw_row(*static_cast<const Conv*>(op.body)))) return false;
     }
     return true;
 }

@@ -118,7 +118,8 @@ void work(void* given) {
         if (phase != is_ready && !ready(share, phase)) return;
         is_ready = phase;
         const Op& op = share.plan->ops[phase / 2];
-        share.set->task(op, phase % 2, task - phases[phase].first, op.raw < 0 ? nullptr : share.plan->raws[op.raw].at);
+        float* raw = op.raw < 0 || !op.region->halo.count ? nullptr : share.plan->raws[op.raw].at;
+        share.set->task(op, phase % 2, task - phases[phase].first, raw);
         __atomic_fetch_add(&phases[phase].done, 1, __ATOMIC_RELEASE);
     }
 }
@@ -200,13 +201,15 @@ API void offramp_read_active(const Level* level, const Plane* from, int64_t chan
 API void offramp_release(Plan* plan) {
     for (int64_t i = 0; i < plan->num_levels; ++i) {
         Level& l = plan->levels[i];
-        for (void* at : {(void*)l.on.at, (void*)l.active.at, (void*)l.wanted.at, (void*)l.number.at, (void*)l.start.at,
-                         (void*)l.source.at, (void*)l.excess.at}) free(at);
+        for (void* at : {(void*)l.on.at, (void*)l.active.at, (void*)l.wanted.at, (void*)l.halo.at, (void*)l.number.at,
+                         (void*)l.start.at, (void*)l.source.at, (void*)l.excess.at, (void*)l.saves.at}) free(at);
     }
     for (int64_t i = 0; i < plan->num_regions; ++i) {
         Region& r = plan->regions[i];
-        for (void* at : {(void*)r.all.at, (void*)r.halo.at, (void*)r.from.at, (void*)r.saves.at}) free(at);
+        free(r.all.at);
+        free(r.halo.at);
     }
     for (int64_t i = 0; i < plan->num_raws; ++i) free(plan->raws[i].at);
     free(plan->scratch.at);
+    free(plan->spans.at);
 }

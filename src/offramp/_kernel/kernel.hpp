@@ -39,10 +39,13 @@ struct Level {
     List<uint8_t> on;            // (height, width): active
     List<uint32_t> active;       // places, row by row
     List<uint8_t> wanted;        // (height, width): interpolated for some region
-    List<int32_t> number;        // (height + 6, width + 6): of an active place in `active`; of a wanted one in `start`
+    List<uint32_t> halo;         // these places, row by row
+    List<int32_t> number;        // (height + 6, width + 6): of an active place in `active`; -2 - that of a wanted one
+                                 // in `halo`; else -1
     List<int32_t> start;         // (wanted + 1) into source and excess
     List<int32_t> source;        // numbers of active places, the nearest first
     List<uint8_t> excess;        // their squared distance, less that of the nearest
+    List<uint8_t> saves;         // (active + 1): whether some wanted place is interpolated from it
 };
 
 struct Read {
@@ -58,8 +61,6 @@ struct Region {
     int32_t num_reads, interpolates;  // whether convolutions write maps of this region
     List<uint8_t> all;           // (height, width)
     List<uint32_t> halo;         // the places of it that are not active, row by row
-    List<int32_t> from;          // (halo) into level->start
-    List<uint8_t> saves;         // (active): whether a halo place is interpolated from it
 };
 
 struct Plane {
@@ -118,6 +119,7 @@ struct Plan {
     List<float>* raws;           // by Op::raw: what convolutions gave before they were finished, a row an active place
     Phase* phases;               // two an operation
     List<uint8_t> scratch;
+    List<int32_t> spans;
     int32_t isa, excess;         // the largest excess that any convolution counts
 };
 
@@ -133,6 +135,9 @@ static inline int vectors_of(int channels, int lanes) { return (channels + lanes
 static inline int next_block(int left, int most, int step) { return left <= most ? left : step; }
 static inline int64_t row_of(uint32_t place) { return place >> 16; }
 static inline int64_t column_of(uint32_t place) { return place & 0xffff; }
+static inline int32_t& number_at(const Level& level, uint32_t place) {
+    return level.number.at[(row_of(place) + WINDOW) * (level.width + 2 * WINDOW) + column_of(place) + WINDOW];
+}
 static inline float* at(const Plane& plane, uint32_t place) {
     return plane.at + row_of(place) * plane.row + column_of(place) * plane.step;
 }

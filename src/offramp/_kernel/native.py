@@ -36,7 +36,7 @@ class Axis(ctypes.Structure):
 
 class Level(ctypes.Structure):
     _fields_ = [("height", _INT), ("width", _INT), ("on", List), ("active", List), ("wanted", List),
-                ("number", List), ("start", List), ("source", List), ("excess", List)]
+                ("halo", List), ("number", List), ("start", List), ("source", List), ("excess", List), ("saves", List)]
 
 
 class Read(ctypes.Structure):
@@ -46,7 +46,7 @@ class Read(ctypes.Structure):
 
 class Region(ctypes.Structure):
     _fields_ = [("level", _POINTER), ("reads", _POINTER), ("num_reads", _INT), ("interpolates", _INT), ("all", List),
-                ("halo", List), ("from_", List), ("saves", List)]
+                ("halo", List)]
 
 
 class Plane(ctypes.Structure):
@@ -84,7 +84,7 @@ class Op(ctypes.Structure):
 class Plan(ctypes.Structure):
     _fields_ = [("levels", _POINTER), ("regions", _POINTER), ("ops", _POINTER), ("num_levels", _LONG),
                 ("num_regions", _LONG), ("num_ops", _LONG), ("num_raws", _LONG), ("raws", _POINTER),
-                ("phases", _POINTER), ("scratch", List), ("isa", _INT), ("excess", _INT)]
+                ("phases", _POINTER), ("scratch", List), ("spans", List), ("isa", _INT), ("excess", _INT)]
 
 
 INTERFACE = 1000000 * 2 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))

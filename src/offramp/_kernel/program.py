@@ -232,7 +232,7 @@ class Kernel:
         return native.Plan(
             ctypes.addressof(self._levels), ctypes.addressof(self._regions),
             ctypes.addressof(self._array(native.Op, ops)), len(self._levels), len(self._regions), len(ops), len(raws),
-            ctypes.addressof(raws), phases.data_ptr(), native.List(), self._isa, excess)
+            ctypes.addressof(raws), phases.data_ptr(), native.List(), native.List(), self._isa, excess)
 
     def _build_op(self, op: Op) -> tuple[int, Any]:
         if isinstance(op, Conv):
