@@ -12,7 +12,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/offramp/_kernel/*.?pp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "offramp needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". What to do: make PYTHON=python3.12 install")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[smp,text,search,report,data,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[smp,text,search,report,data,video,dev]'
 	touch $@
 
 check: install

@@ -109,11 +109,12 @@ def test_code_lines_leave_out_what_only_tells() -> None:
 
 
 def test_rooms_and_the_package_stay_small() -> None:
-    # 12,000 lines were meant for the depth of one paper; each further one (MESS, EENet, SlimSeg) brings about 3,000.
+    # 12,000 lines were meant for the depth of one paper; each further one (MESS, EENet, SlimSeg) brings about 3,000,
+    # and ADP-C, with what runs masks sparsely and against a deadline, 5,000.
     # What one has to hold in the head is a room, so that a room is what has the hard limit.
     sizes: dict[str, int] = {}
     for path in SRC.rglob("*.py"):
         room = path.relative_to(SRC).parts[0]
         sizes[room] = sizes.get(room, 0) + code_lines(path.read_text())
     assert max(sizes.values()) < 2_500, sizes
-    assert sum(sizes.values()) < 21_000, sizes
+    assert sum(sizes.values()) < 26_000, sizes

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from offramp.train.loop import fit
     from offramp.train.recipe import Recipe
     from offramp.types import Evidence, ExitColumn, ExitSite, Plan, Policy
+    from offramp.walks import walk
 
 _FROM = {
     "Adaptive": "offramp.runtime", "Comparison": "offramp.choose.compare", "Costs": "offramp.table",
@@ -70,6 +71,7 @@ _FROM = {
     "search": "offramp.choose.search",
     "search_front": "offramp.choose.search",
     "sites": "offramp.graph", "slim_": "offramp.nn.slim", "slim_plan": "offramp.nn.slim", "tune_": "offramp.nn.tune",
+    "walk": "offramp.walks",
 }
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "attach", "bench", "calibrate", "compare", "deploy", "fit", "guarantee", "load_data", "load_deployed", "load_model",
     "load_plan", "mask_", "mess_space", "place", "policies", "recipes", "record", "redesigned", "replay",
     "save_deployed", "save_plan", "schedule", "search", "search_front", "sites", "slim_", "slim_plan", "tune_",
+    "walk",
 ]
 _MODULES = {"policies", "recipes"}
 
@@ -101,6 +104,7 @@ _DRAWN = {"svg": "offramp.report.comparison:draw_comparison", "html": "offramp.r
 _NET = {"deploy": "offramp.runtime:deploy", "part": "offramp.deployed:part", "rest": "offramp.deployed:rest"}
 _HUNG = {"MultiExit": ("offramp.nn.multiexit:MultiExit", _NET), "attach": ("offramp.nn.multiexit:MultiExit", _NET),
          "slim_": ("offramp.nn.slim:Slimmable", {"deploy": _NET["deploy"]}),
+         "mask_": ("offramp.nn.masked:Masked", {"deploy": "offramp.sparse:deploy"}),
          "Comparison": ("offramp.choose.compare:Comparison", _DRAWN),
          "compare": ("offramp.choose.compare:Comparison", _DRAWN)}
 """Public name -> a class that it brings, and the methods of it that live in rooms above: only the roof joins them."""

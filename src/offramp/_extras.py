@@ -11,6 +11,7 @@ _EXTRA_OF = {
     "optuna": "search",
     "matplotlib": "report",
     "scipy": "data",
+    "imageio_ffmpeg": "video",
 }
 
 

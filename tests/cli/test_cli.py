@@ -32,7 +32,7 @@ FLAGS = {
               "--confidence", "--max-exits", "--against", "--latency-batch", "--batches", "--batch-size",
               "--confidences", "--device", "--precision", "--again"},
     "compare": {"--by", "--budgets", "--unit", "--latency-batch"},
-    "run": {"--model", "--out", "--batch-size", "--engine", "--device", "--deadline-ms", "--overlays"},
+    "run": {"--model", "--out", "--batch-size", "--engine", "--device", "--deadline-ms", "--overlays", "--walks"},
     "bench": {"--batches", "--repeats", "--engine", "--dtype", "--budget", "--device"},
     "report": {"--out", "--split", "--static"},
     "narrow": {"--width", "--out"},

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from offramp.cli.folder import Run, example, probe
 from offramp.cli.say import Steps
+from offramp.cli.walks import walks_of
 from offramp.cost import macs
 from offramp.functional.edges import semantic_edges, smooth_edges
 from offramp.functional.metrics import accuracy, confusion, mean_iou
@@ -42,8 +43,11 @@ def report_run(
     report = gather(fitted_on=run.table(fitted_on), test=table, plan=plan, bench=run.bench(), static=points,
                     about=about, tolerances=tolerances)
     maps = dense_examples(run, report, split, examples) if table.task == "dense" else []
+    walks = []
+    if maps and plan.setting == "anytime":  # all exits speak, and when is what such a plan is about
+        walks = walks_of(run, split, {i: f"#{i}" for i in (*report.last, *report.first)[:2]}, quiet=quiet)
     page = write(out or run.path / "report.html",
-                 render(report, dataset=split, dense=maps, title="offramp report"))
+                 render(report, dataset=split, dense=maps, walks=walks, title="offramp report"))
     return page, report
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from offramp.cli.folder import Run
 from offramp.cli.say import Steps
+from offramp.cli.walks import require_dense, walks_of, write_walks
 from offramp.data import FileSplit
 from offramp.data.base import Faults
 from offramp.data.files import IMAGE_SUFFIXES, UNREADABLE, image_files
@@ -53,16 +54,19 @@ def images_of(paths: list[Path], run: Run) -> FileSplit:
 
 def predict_run(
     run: Run, paths: list[Path], out: Path, *, batch_size: int = 16, engine: Any = "eager", device: str | None = None,
-    deadline_ms: float | None = None, overlays: bool = True, quiet: bool = False,
+    deadline_ms: float | None = None, overlays: bool = True, walks: int = 0, quiet: bool = False,
 ) -> dict[str, Any]:
     """Predict, and write ``out``: a .csv or .json file, or a folder for one.
 
     Dense: beside it STEM.png for each image, classes as palette indices at the image's own size (logits enlarged
     bilinearly, then the largest taken), and overlays/STEM.jpg. deadline_ms: for each batch, the last answer by then.
+    walks: of so many images, what every exit says and when: walks/STEM.png, walks/STEM.gif and walks.html.
 
     DataError where images cannot be used. Files that are no images are found before anything is written; images that
     break while they are read are named at the end, and all others are answered.
     """
+    if walks:
+        require_dense(run)
     data, net, exits_net, plan = images_of(paths, run), run.net, run.exits, run.plan()
     where = torch.device(device or "cpu")
     fast = deploy(net.to(where), plan, engine=engine).to(where)
@@ -73,6 +77,7 @@ def predict_run(
     palette = colours(exits_net.num_classes, run.source.palette)
     faults = Faults("offramp run", "images that can be read; the others are answered", UNREADABLE)
     rows: list[dict[str, Any]] = []
+    answered: list[int] = []
     loader = DataLoader(_Readable(data), batch_size=batch_size, collate_fn=list)
     for batch in Steps(loader, f"predicting {len(data)} images", quiet=quiet):
         for i, why in (one for one in batch if isinstance(one[1], str)):
@@ -81,6 +86,7 @@ def predict_run(
         if not good:
             continue
         indices = [i for i, _ in good]
+        answered += indices
         images = torch.stack([image for _, image in good]).to(where)
         if deadline_ms is not None and plan.setting == "anytime" and not rows:
             fast.calibrate(images)  # a deadline is kept by what is known of the clock
@@ -101,17 +107,21 @@ def predict_run(
             rows.append(row)
     target = out if out.suffix else out / "predictions.csv"
     if target.suffix == ".json":
-        page = {"exits": exits, "class_names": list(names), "predictions": rows}
-        write_atomic(target, json.dumps(page, indent=1) + "\n")
+        told = {"exits": exits, "class_names": list(names), "predictions": rows}
+        write_atomic(target, json.dumps(told, indent=1) + "\n")
     elif rows:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(target, text.getvalue())
+    page: dict[str, str] = {}
+    if shown := answered[:walks]:
+        made = walks_of(run, data, {i: data.names[i] for i in shown}, engine=engine, device=device, quiet=quiet)
+        page = {"walks": str(write_walks(made, [pictures[i] for i in shown], folder, run.source.palette))}
     faults.raise_if_any()
     counts = {name: sum(row["exit"] == name for row in rows) for name in exits}
-    return {"images": len(rows), "out": str(target), "exits": counts, "setting": plan.setting}
+    return {"images": len(rows), "out": str(target), "exits": counts, "setting": plan.setting, **page}
 
 
 class _Readable(Dataset[Any]):

@@ -259,6 +259,8 @@ def run(
     deadline_ms: Annotated[float | None, typer.Option(min=0, help="Milliseconds for each batch: the best answer by "
                                                                   "then; with --batch-size 1, for each image.")] = None,
     overlays: Annotated[bool, typer.Option(help="Dense networks: write each image under its labels' colours.")] = True,
+    walks: Annotated[int, typer.Option(min=0, metavar="N", help="Dense networks: draw what every exit says of the "
+                                       "first N images, and when, as walks.html and walks/STEM.png and .gif.")] = 0,
     as_json: Json = False, debug: Debug = False,
 ) -> None:
     """Answer for images with the adapted network: class, confidence, exit; dense networks write label PNGs, overlays.
@@ -270,9 +272,10 @@ def run(
     from offramp.cli.predict import predict_run
 
     done = predict_run(Run.open(model), images, out, batch_size=batch_size, engine=engine, device=device,
-                       deadline_ms=deadline_ms, overlays=overlays, quiet=as_json)
+                       deadline_ms=deadline_ms, overlays=overlays, walks=walks, quiet=as_json)
     left = ", ".join(f"{name} {count}" for name, count in done["exits"].items())
-    result(done, f"{done['out']}: {done['images']} images; answered at {left}", as_json=as_json)
+    result(done, f"{done['out']}: {done['images']} images; answered at {left}"
+           + (f"\n{done['walks']}" if "walks" in done else ""), as_json=as_json)
 
 
 @app.command(epilog="offramp bench run --batches 1,32")

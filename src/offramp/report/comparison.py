@@ -2,10 +2,9 @@
 
 import math
 from html import escape
-from importlib import resources
 
 from offramp.choose.compare import Comparison, Row
-from offramp.report.draw import legend
+from offramp.report.draw import legend, page_of
 from offramp.report.svg import Chart, macs, percent
 
 __all__ = ["draw_comparison", "render_comparison"]
@@ -43,7 +42,6 @@ def draw_comparison(comparison: Comparison) -> str:
 
 def render_comparison(comparison: Comparison, *, title: str = "Policies side by side") -> str:
     """One page that fetches nothing: the plot, every row, and what a reader must be warned of."""
-    style = (resources.files("offramp.report") / "style.css").read_text(encoding="utf-8")
     chart, items = _chart(comparison)
     warnings = "".join(f'<div class="warning">{escape(one)}</div>' for one in comparison.notes)
     notes = [f"{row.method}, budget {_cost(comparison, row.budget)}: {note}"
@@ -53,18 +51,14 @@ def render_comparison(comparison: Comparison, *, title: str = "Policies side by 
             f"less {comparison.reference}", "of the room", "decision")
     body = "".join("<tr>" + "".join(f'<td class="{"n" if k else ""}">{cell}</td>' for k, cell in enumerate(cells))
                    + "</tr>" for cells in (_cells(comparison, row) for row in comparison.rows))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{style}{_colours(comparison)}</style></head><body>\n"
-        f"<h1>{escape(title)}</h1>\n<p class=\"lede\">Fitted on <b>{escape(comparison.fit_split)}</b>, judged on "
+    return page_of(title, (
+        f"<p class=\"lede\">Fitted on <b>{escape(comparison.fit_split)}</b>, judged on "
         f"<b>{escape(comparison.split)}</b>, {comparison.samples} samples. Bands and intervals: bootstrap over "
         "samples at 95 %, the same resamples for every method. Grey: above, the oracle, which knows the labels; below, "
         "a die. Hollow: one exit for every sample. Dashed: the budgets.</p>\n"
         f'{warnings}<div class="card">{chart}{legend(items)}</div>\n<div class="scroll"><table><tr>'
         + "".join(f'<th class="{"n" if k else ""}">{escape(one)}</th>' for k, one in enumerate(head))
-        + f'</tr>{body}</table></div>\n<ul class="say">{told}</ul></body></html>\n')
+        + f'</tr>{body}</table></div>\n<ul class="say">{told}</ul>'), style=_colours(comparison))
 
 
 def _chart(comparison: Comparison) -> tuple[Chart, list[tuple[str, str]]]:

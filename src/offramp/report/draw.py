@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 from typing import Any
 
 from offramp.choose.replay import Replay
@@ -12,10 +13,22 @@ from offramp.report.svg import Chart, bars, macs, percent, ticks
 
 __all__ = [
     "draw_categories", "draw_curve", "draw_distances", "draw_hit_rate", "draw_reliability", "draw_shares", "legend",
-    "style_of_line",
+    "page_of", "style_of_line",
 ]
 
 _HUES = ("blue", "green", "violet", "red", "grey")
+
+
+def page_of(title: str, body: str, *, style: str = "") -> str:
+    """A whole page of one file: nothing is fetched, and it follows light and dark."""
+    sheet = (resources.files("offramp.report") / "style.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{sheet}{style}</style></head><body>\n<h1>{escape(title)}</h1>\n{body}"
+        "</body></html>\n"
+    )
 
 
 def legend(items: Sequence[tuple[str, str]]) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from offramp.policies.thresholds import Thresholds
 from offramp.report.borders import Distances, distances, wrong_pixels
 from offramp.report.curve import TOLERANCES, Curve, Point, curve, static_at
 from offramp.report.dense import class_table, differences, gallery
-from offramp.report.draw import draw_categories, draw_curve, draw_hit_rate, draw_reliability, draw_shares
+from offramp.report.draw import draw_categories, draw_curve, draw_hit_rate, draw_reliability, draw_shares, page_of
 from offramp.report.measures import (
     Categories,
     HitRate,
@@ -31,6 +30,8 @@ from offramp.report.measures import (
 )
 from offramp.report.pictures import DenseExample
 from offramp.report.sections import about, costs, headline, maps, samples, section, speaking
+from offramp.report.walk import Walk
+from offramp.report.walks import SAY, draw_walks
 from offramp.table import ExitTable, write_atomic
 from offramp.types import Plan
 
@@ -120,9 +121,10 @@ def gather(
     )
 
 
-def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample] = (), title: str = "offramp") -> str:
-    """The page. ``dataset`` gives the images of the test split for thumbnails; ``dense`` the maps of some of them."""
-    style = (resources.files("offramp.report") / "style.css").read_text(encoding="utf-8")
+def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample] = (), walks: Sequence[Walk] = (),
+           title: str = "offramp") -> str:
+    """The page. ``dataset`` gives the images of the test split for thumbnails, ``dense`` the maps of some of them;
+    ``walks`` are images that every exit answered, with the times."""
     is_dense, plan = report.test.task == "dense", report.plan
     parts = [headline(report), *(f'<div class="warning">{escape(one)}</div>' for one in report.warnings)]
     parts.append(section(
@@ -190,16 +192,13 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
             "Where a narrower width says another class than the full one: black where they agree"
             + (" or nothing is labelled, else the colour of the label." if dense[0].label is not None else
                ", else the colour of what the full width says."), apart))
+    if walks:
+        parts.append(section("Exit by exit, as it comes", SAY, draw_walks(walks, palette)))
     parts += [samples(report, dataset), maps(report, dense, palette), about(report)]
     body = "\n".join(part for part in parts if part)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body>\n<h1>{escape(title)}</h1>\n{body}\n"
-        f"<footer>Written by offramp, {now}. MACs are multiply-accumulates; 1 G = 1e9.</footer></body></html>\n"
-    )
+    footer = f"<footer>Written by offramp, {now}. MACs are multiply-accumulates; 1 G = 1e9.</footer>"
+    return page_of(title, f"{body}\n{footer}")
 
 
 def write(path: Path | str, html: str) -> Path:

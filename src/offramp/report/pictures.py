@@ -15,13 +15,17 @@ from torch import Tensor
 from offramp.errors import OfframpError
 
 __all__ = [
-    "DenseExample", "colours", "confidence_png", "difference_png", "image_png", "label_png", "legend", "picture",
-    "to_uint8",
+    "DenseExample", "colours", "confidence_pixels", "confidence_png", "difference_png", "image_pixels", "image_png",
+    "label_pixels", "label_png", "legend", "picture", "png_uri", "to_uint8",
 ]
 
 Bytes = NDArray[np.uint8]
 Palette = Sequence[tuple[int, int, int]]
 """(R, G, B) of each class; empty where nobody chose any."""
+
+# matplotlib's viridis (CC0) in eight steps: straight lines between them keep its even lightness
+_SURE = np.array([[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140], [40, 174, 128],
+                  [94, 201, 98], [173, 220, 48], [253, 231, 37]], float)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,17 +93,28 @@ def picture(dataset: Any, index: int) -> Any:
     return sample[0] if isinstance(sample, tuple | list) else sample
 
 
+def image_pixels(image: Tensor) -> Bytes:
+    """(H, W, 3)."""
+    pixels: Bytes = to_uint8(image).permute(1, 2, 0).numpy()
+    return pixels
+
+
 def image_png(image: Tensor, width: int = 192) -> str:
     """As an ``<img>`` source."""
-    return _uri(to_uint8(image).permute(1, 2, 0).numpy(), width)
+    return png_uri(image_pixels(image), width)
+
+
+def label_pixels(labels: Tensor, painted: Bytes) -> Bytes:
+    """(H, W) in the colours (K, 3) of the classes; void is grey: (H, W, 3)."""
+    classes = len(painted)
+    palette = np.concatenate([painted, np.array([[128, 128, 128]], np.uint8)])
+    index = labels.cpu().numpy()
+    return palette[np.where((index >= 0) & (index < classes), index, classes)]
 
 
 def label_png(labels: Tensor, painted: Bytes, width: int = 192) -> str:
     """In the colours (K, 3) of the classes; void is grey."""
-    classes = len(painted)
-    palette = np.concatenate([painted, np.array([[128, 128, 128]], np.uint8)])
-    index = labels.cpu().numpy()
-    return _uri(palette[np.where((index >= 0) & (index < classes), index, classes)], width, nearest=True)
+    return png_uri(label_pixels(labels, painted), width, nearest=True)
 
 
 def difference_png(apart: Tensor, told: Tensor, painted: Bytes, width: int = 320) -> str:
@@ -107,19 +122,24 @@ def difference_png(apart: Tensor, told: Tensor, painted: Bytes, width: int = 320
     Fig. 2)."""
     classes, index = len(painted), told.cpu().numpy()
     shown = apart.cpu().numpy() & (index >= 0) & (index < classes)
-    return _uri(np.where(shown[..., None], painted[np.where(shown, index, 0)], np.uint8(0)), width, nearest=True)
+    return png_uri(np.where(shown[..., None], painted[np.where(shown, index, 0)], np.uint8(0)), width, nearest=True)
+
+
+def confidence_pixels(confidence: Tensor) -> Bytes:
+    """(H, W) from dark purple (0) through green to yellow (1), (H, W, 3): lightness rises evenly, for all eyes."""
+    at = np.clip(np.nan_to_num(confidence.float().cpu().numpy()), 0, 1) * (len(_SURE) - 1)
+    low = np.minimum(at.astype(int), len(_SURE) - 2)
+    mixed: Bytes = (_SURE[low] + (_SURE[low + 1] - _SURE[low]) * (at - low)[..., None]).round().astype(np.uint8)
+    return mixed
 
 
 def confidence_png(confidence: Tensor, width: int = 192) -> str:
-    """Dark purple (0) through orange to pale yellow (1)."""
-    stops = np.array([[38, 12, 81], [137, 34, 106], [228, 87, 52], [250, 182, 60], [252, 250, 210]], float)
-    at = np.clip(confidence.float().cpu().numpy(), 0, 1) * (len(stops) - 1)
-    low = np.minimum(at.astype(int), len(stops) - 2)
-    mixed = stops[low] + (stops[low + 1] - stops[low]) * (at - low)[..., None]
-    return _uri(mixed.round().astype(np.uint8), width)
+    """In the colours of :func:`confidence_pixels`."""
+    return png_uri(confidence_pixels(confidence), width)
 
 
-def _uri(pixels: Any, width: int, nearest: bool = False) -> str:
+def png_uri(pixels: Any, width: int, nearest: bool = False) -> str:
+    """Pixels (H, W, 3) as an ``<img>`` source, made smaller where they are wider."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if picture.width > width:  # never enlarged here: the page does that without bytes
         size = (width, max(1, round(picture.height * width / picture.width)))

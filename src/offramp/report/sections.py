@@ -195,7 +195,7 @@ def maps(report: "Report", examples: Sequence[DenseExample], palette: Palette = 
     """Per-exit predictions and confidence maps, in the data's colours."""
     if not examples:
         return ""
-    say = "What each exit would say of an image, and how sure it is of each pixel (purple: not; pale yellow: fully), " \
+    say = "What each exit would say of an image, and how sure it is of each pixel (purple: not; yellow: fully), " \
           "below it with the pixels around borders of its own labels set to their neighbourhood's median. " \
           "The outlined exit gave the answer; later ones are shown for comparison and do not run."
     return section("Exit by exit", say, masks(report, examples, palette))
