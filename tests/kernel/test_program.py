@@ -34,7 +34,8 @@ BILINEAR, CORNERS, NEAREST = Resize("bilinear"), Resize("bilinear", True), Resiz
 
 
 def agree(
-    program: Program, given: dict[int, Tensor], masks: Sequence[Tensor], isa: str | None = None, *, within: float = 2e-5,
+    program: Program, given: dict[int, Tensor], masks: Sequence[Tensor], isa: str | None = None, *,
+    within: float = 2e-5,
 ) -> kernel.Kernel:
     """All kept maps are the simulation's where they must stand."""
     runner = kernel.Kernel(program, isa=isa)
