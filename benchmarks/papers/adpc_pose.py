@@ -1,6 +1,6 @@
 """ADP-C's Table 2 (arXiv:2104.00749, 4.2): poses by an HRNet with four exits, plain, redesigned, and masked by value.
 
-    python benchmarks/papers/adpc_pose.py                          # stick figures, a small network, two cores
+    python benchmarks/papers/adpc_pose.py                          # stick figures, a small network: an hour of a core
     python benchmarks/papers/adpc_pose.py --data mpii/ --network hrnet_w32 --size 256x256 --epochs 210 --batch 128
     python benchmarks/papers/adpc_pose.py --quick                  # minutes; its figures mean nothing
 
@@ -45,7 +45,7 @@ def main() -> None:
     options.add_argument("--size", default="64x64")
     options.add_argument("--figures", type=int, default=2000, help="to train on; as many to judge on as --held says")
     options.add_argument("--held", type=int, default=500)
-    options.add_argument("--epochs", type=int, default=30)
+    options.add_argument("--epochs", type=int, default=50)
     options.add_argument("--mask-from", type=int, default=10)
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--lr", type=float, default=1e-3)
