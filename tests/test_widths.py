@@ -150,7 +150,7 @@ def test_a_deadline_picks_the_width() -> None:
     for k, place in enumerate((0, 2)):
         torch.testing.assert_close(fast.options[k](x), net.narrow(0.5)(x)[place], rtol=1e-4, atol=1e-5)
     fast(x, deadline_ms=1e-6)
-    assert sum(fast.picked) == 2 and fast.missed == 1
+    assert sum(fast.picked) == 2 and fast.deadlines.missed == 1
 
 
 def test_schedulers_learn_from_widths_too() -> None:

@@ -4,7 +4,7 @@ Axes, here and everywhere: N samples, E exits, K classes, C channels, H W space,
 A suffix names the axes of a tensor: ``logits_NEK`` is (N, E, K); a small ``n`` is the rows still undecided.
 """
 
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "Ahead", "Calibrator", "Confidence", "Decision", "Evidence", "ExitColumn", "ExitSite", "Head", "LiveTensor", "Plan",
-    "Policy", "Setting", "Step", "Steps", "Task",
+    "Policy", "Setting", "Step", "Stepwise", "Stop", "Task",
 ]
 
 Task = Literal["classify", "dense"]
@@ -178,16 +178,28 @@ class Step(NamedTuple):
     """The exit that each row's answer comes from (N,) int64, on the CPU."""
 
 
-@runtime_checkable
-class Steps(Protocol):
+class Stop(Protocol):
+    """When one call is to give work up; any thread may bring that about."""
+
+    flag: Tensor
+    """One int32 on the CPU, not 0 once somebody wishes for no more: for native code, which cannot call Python."""
+    due_ns: int | None
+    """On the clock of ``time.monotonic_ns()``: after it nothing can come of work under way."""
+
+    def __call__(self) -> bool:
+        """Whether to give up now. Never before the first answer, unless nobody wants any answer at all."""
+        ...
+
+
+class Stepwise(Protocol):
     """A network that answers step by step: what ``runtime.anytime.Refining`` makes deadlines from."""
 
-    def steps(self, call: tuple[tuple[Any, ...], dict[str, Any]], stop: Callable[[], bool]
-              ) -> Generator["Ahead | Step", None, None]:
+    def stepwise(self, call: tuple[tuple[Any, ...], dict[str, Any]], stop: Stop) -> Generator[Ahead | Step, None, None]:
         """In turn an :class:`Ahead`, before its work is begun, and the :class:`Step` that it led to.
 
         ``call`` is arguments and keyword arguments. Between operations, each time in the same order, the work calls
-        ``stop()`` and ends the iterator, without a further answer, where that says True. Whoever listens may leave
-        off at an Ahead. The iterator runs in the thread that asks it, and is left in no special mode of torch's.
+        ``stop()`` and ends the iterator, without a further answer, where that says True; native code heeds ``flag`` and
+        ``due_ns`` instead. Whoever listens may leave off at an Ahead. The iterator runs in the thread that asks it, and
+        is left in no special mode of torch's.
         """
         ...

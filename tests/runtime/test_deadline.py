@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import offramp
-from offramp.errors import PlanError
+from offramp.errors import OfframpError, PlanError
 from offramp.runtime import deadline
 from offramp.runtime.deadline import ByDeadline
 from runtime.nets import classifier, images, plan
@@ -51,7 +51,7 @@ def test_the_best_that_ends_in_time_answers(fast: ByDeadline) -> None:
     for limit, wanted in ((1.0, 0), (2.1, 0), (4.9, 0), (5.1, 1), (8.9, 1), (9.1, 2), (None, 2)):
         assert torch.equal(fast(x, deadline_ms=limit), said[wanted]), limit
     assert fast.picked == [3, 2, 2] and fast.calls == 7
-    assert fast.missed == 1  # nothing answers in 1 ms; the fastest came late
+    assert fast.deadlines.missed == 1  # nothing answers in 1 ms; the fastest came late
 
 
 def test_it_learns_what_this_machine_takes(fast: ByDeadline) -> None:
@@ -68,7 +68,7 @@ def test_what_was_not_timed_is_scaled_as_the_others(fast: ByDeadline) -> None:
     fast.slowness = 3.0
     for _ in range(3):
         fast(x, deadline_ms=0.1)  # the fastest alone is timed
-    assert fast.picked == [3, 0, 0] and fast.missed == 3
+    assert fast.picked == [3, 0, 0] and fast.deadlines.missed == 3
     assert fast.choose(x, deadline_ms=14.0) == 0 and fast.choose(x, deadline_ms=15.1) == 1
 
 
@@ -78,7 +78,18 @@ def test_one_slow_run_is_held_against_it(fast: ByDeadline) -> None:
     fast.slowness = 2.0
     fast(x, deadline_ms=6.0)
     fast.slowness = 1.0
-    assert fast.missed == 1 and fast.choose(x, deadline_ms=6.0) == 0
+    assert fast.deadlines.missed == 1 and fast.choose(x, deadline_ms=6.0) == 0
+
+
+def test_what_is_no_deadline_is_refused_before_anything_runs(fast: ByDeadline) -> None:
+    for bad in (float("nan"), -1.0, True, "9"):
+        with pytest.raises(OfframpError, match="deadline_ms as a number >= 0"):
+            fast(images(2), deadline_ms=bad)
+    assert fast.calls == 0 and fast.deadlines.calls == 0 and "deadlines" not in repr(fast)
+    fast(images(2))
+    assert fast.calls == 1 and fast.deadlines.calls == 0
+    fast(images(2), deadline_ms=0)
+    assert "deadlines: 1 of 1 missed" in repr(fast)
 
 
 def test_only_budgeted_plans(fast: ByDeadline) -> None:
@@ -99,4 +110,4 @@ def test_a_front_found_on_a_table_is_deployed() -> None:
     slowest = max(expected.values())
     began = time.perf_counter()
     fast(x[:1], deadline_ms=100 * slowest + 1000)
-    assert fast.missed == 0 and 1e3 * (time.perf_counter() - began) < 100 * slowest + 1000
+    assert fast.deadlines.missed == 0 and 1e3 * (time.perf_counter() - began) < 100 * slowest + 1000

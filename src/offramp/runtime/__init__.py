@@ -4,5 +4,6 @@ from offramp.runtime._deploy import deploy
 from offramp.runtime.adaptive import Adaptive, Answer
 from offramp.runtime.anytime import Anytime, Refined, Refining
 from offramp.runtime.deadline import ByDeadline
+from offramp.runtime.pace import Cancel, Deadlines
 
-__all__ = ["Adaptive", "Answer", "Anytime", "ByDeadline", "Refined", "Refining", "deploy"]
+__all__ = ["Adaptive", "Answer", "Anytime", "ByDeadline", "Cancel", "Deadlines", "Refined", "Refining", "deploy"]

@@ -19,10 +19,10 @@ from offramp.runtime._legs import Build, Call, Engine, Leg, Legs
 from offramp.runtime._output import Assembly, rows_of
 from offramp.runtime._passing import Passing
 from offramp.runtime._shrink import Crossover, Shrinker
-from offramp.runtime._steps import steps_of
+from offramp.runtime._stepwise import stepwise
 from offramp.runtime.anytime import Refining
 from offramp.runtime.pace import Deadlines, Pace
-from offramp.types import Ahead, Plan, Policy, Step
+from offramp.types import Ahead, Plan, Policy, Step, Stop
 
 __all__ = ["Adaptive", "Answer", "Part"]
 
@@ -117,13 +117,13 @@ class Adaptive(Refining, nn.Module):
         self._note(exits, count)
         return whole.output()
 
-    def steps(self, call: Call, stop: Callable[[], bool]) -> Generator[Ahead | Step, None, None]:
-        """The exits' answers for all rows, one by one (``offramp.types.Steps``).
+    def stepwise(self, call: Call, stop: Stop) -> Generator[Ahead | Step, None, None]:
+        """The exits' answers for all rows, one by one (``offramp.types.Stepwise``).
 
         Where the plan is input-dependent, rows that its policy settled keep their answer, and the answers end once all
         are settled. On a CPU a leg can be given up between its layers, unless it is compiled: then it is one.
         """
-        return steps_of(self, call, stop)
+        return stepwise(self, call, stop)
 
     def sure(self, output: Any) -> Tensor:
         """The probability of the likeliest class, of each row (n,) or pixel (n, H, W)."""

@@ -1,7 +1,7 @@
 """Anytime: ever better answers until a deadline (MESS, arXiv:2106.03527, 5.1 and 6.4; ADP-C, arXiv:2104.00749, 3.1).
 
 :class:`Refining` gives ``anytime``, ``predict`` and ``anytime_async`` to whatever answers step by step
-(``offramp.types.Steps``). Times are wall-clock milliseconds, from the call on.
+(``offramp.types.Stepwise``). Times are wall-clock milliseconds, from the call on.
 """
 
 import asyncio
@@ -11,25 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from offramp.errors import OfframpError
 from offramp.runtime import pace as clock
-from offramp.runtime.pace import Deadlines, Pace, Watch, deadline_of
-from offramp.types import Ahead, Step
+from offramp.runtime.pace import Cancel, Deadlines, Pace, Watch, deadline_of
+from offramp.types import Ahead, Step, Stop
 
-__all__ = ["Anytime", "Refined", "Refining", "Stop"]
+__all__ = ["Anytime", "Refined", "Refining"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Stop(Protocol):
-    """Another thread's wish for what there is by now: a ``threading.Event``, for one."""
-
-    def is_set(self) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +51,16 @@ class Refined:
 
 
 class Refining(ABC):
-    """``anytime``, ``predict`` and ``anytime_async``, for a class with ``steps`` as ``offramp.types.Steps`` has it.
+    """``anytime``, ``predict`` and ``anytime_async``, for a class that is ``offramp.types.Stepwise``.
 
     The first answer always comes, whatever the deadline: one that is impossible gets the first exit's answer, ``late``.
     Deeper work begins only where it should end in time by what earlier calls took
     (:class:`~offramp.runtime.pace.Pace`), and work that can be given up on its way is, as soon as it could not end in
     time any more. An answer that comes late all the same is dropped for the one before it.
 
-    A ``stop``, anything with ``is_set()`` such as a ``threading.Event``, asks from another thread for what there is by
-    now: work is given up at the next operation, or right behind the first answer where that had not come yet. Any
-    number of threads may call at once, each with deadlines of its own.
+    A ``stop``, a :class:`~offramp.runtime.pace.Cancel`, asks from another thread for what there is by now: work is
+    given up at the next operation, or right behind the first answer where that had not come yet. Any number of threads
+    may call at once, each with deadlines of its own.
     """
 
     pace: Pace
@@ -75,14 +69,14 @@ class Refining(ABC):
     """Calls with a deadline, and how many missed it: ``fast.deadlines.missed``, ``fast.deadlines.reset()``."""
 
     @abstractmethod
-    def steps(self, call: Call, stop: Callable[[], bool]) -> Generator[Ahead | Step, None, None]:
-        """As :class:`offramp.types.Steps` has it."""
+    def stepwise(self, call: Call, stop: Stop) -> Generator[Ahead | Step, None, None]:
+        """As :class:`offramp.types.Stepwise` has it."""
 
     @abstractmethod
     def sure(self, output: Any) -> Tensor:
         """How sure an output is of each row or pixel, in [0, 1]."""
 
-    def anytime(self, *args: Any, deadline_ms: float | None = None, stop: Stop | None = None,
+    def anytime(self, *args: Any, deadline_ms: float | None = None, stop: Cancel | None = None,
                 **kwargs: Any) -> "Anytime":
         """Answers for all rows, each a :class:`Refined` and better than the one before, until the deadline.
 
@@ -91,7 +85,8 @@ class Refining(ABC):
         """
         return Anytime(self, (args, kwargs), deadline_of(deadline_ms, "anytime()"), stop)
 
-    def predict(self, *args: Any, deadline_ms: float | None = None, stop: Stop | None = None, **kwargs: Any) -> Refined:
+    def predict(self, *args: Any, deadline_ms: float | None = None, stop: Cancel | None = None,
+                **kwargs: Any) -> Refined:
         """The last answer that arrived in time; the first exit's where none did. Without a deadline the best."""
         run = Anytime(self, (args, kwargs), deadline_of(deadline_ms, "predict()"), stop)
         for _ in run:
@@ -99,7 +94,7 @@ class Refining(ABC):
         assert run.latest is not None, "the first answer always comes"
         return run.latest
 
-    def anytime_async(self, *args: Any, deadline_ms: float | None = None, stop: Stop | None = None,
+    def anytime_async(self, *args: Any, deadline_ms: float | None = None, stop: Cancel | None = None,
                       **kwargs: Any) -> AsyncGenerator[Refined, None]:
         """The same as an asynchronous iterator: ``async for answer in fast.anytime_async(x, deadline_ms=30)``.
 
@@ -116,15 +111,16 @@ class Anytime(Iterator[Refined]):
     Any thread may read ``latest``, call ``stop()`` when a result is needed now, or ``close()`` when none is any more.
     """
 
-    def __init__(self, fast: Refining, call: Call, deadline_ms: float | None, stop: Stop | None = None) -> None:
-        if stop is not None and not callable(getattr(stop, "is_set", None)):
-            raise OfframpError(expected="stop as a threading.Event, or None", got=type(stop).__name__,
-                               where="anytime()")
+    def __init__(self, fast: Refining, call: Call, deadline_ms: float | None, stop: Cancel | None = None) -> None:
+        if not isinstance(stop, Cancel | None):
+            raise OfframpError(expected="stop as a Cancel, or None", got=type(stop).__name__, where="anytime()",
+                               todo="make one with offramp.runtime.Cancel().")
         self.latest: Refined | None = None
         """The best answer so far."""
-        self._stopped, self._theirs = threading.Event(), stop
         start = clock.now()
-        self._watch = Watch(start + (math.inf if deadline_ms is None else deadline_ms), self._asked)
+        self._watch = Watch(start + (math.inf if deadline_ms is None else deadline_ms))
+        if stop is not None:
+            stop.tell(self._watch)
         self._answers = self._refine(fast, call, start, deadline_ms is not None)
 
     def __next__(self) -> Refined:
@@ -133,17 +129,14 @@ class Anytime(Iterator[Refined]):
 
     def stop(self) -> None:
         """Take no further answer than the first: work under way is given up where it can be."""
-        self._stopped.set()
+        self._watch.wish()
 
     def close(self) -> None:
         """Give up at once, before the first answer too; no answer comes any more."""
-        self._watch.closed = True
-
-    def _asked(self) -> bool:
-        return self._stopped.is_set() or (self._theirs is not None and self._theirs.is_set())
+        self._watch.close()
 
     def _refine(self, fast: Refining, call: Call, start: float, timed: bool) -> Iterator[Refined]:
-        watch, pace, steps = self._watch, fast.pace, fast.steps(call, self._watch)
+        watch, pace, steps = self._watch, fast.pace, fast.stepwise(call, self._watch)
         spent, work, first, missed = 0.0, 0.0, True, False
         try:
             while isinstance(ahead := next(steps, None), Ahead):
@@ -156,7 +149,7 @@ class Anytime(Iterator[Refined]):
                 ended = clock.now()
                 missed = ended > watch.until
                 if not isinstance(step, Step):  # given up
-                    if not (watch.closed or self._asked()):
+                    if not watch.wished:
                         pace.note(ahead, max(ended - began, watch.until - began), rate)
                     return
                 pace.note(ahead, ended - began, rate)
@@ -175,7 +168,7 @@ class Anytime(Iterator[Refined]):
 
     def _over(self, pace: Pace, ahead: Ahead, rate: float) -> bool:
         """Whether the next work is not to be begun."""
-        if self._asked():
+        if self._watch.wished:
             return True
         if clock.now() + pace.expect(ahead, rate) <= self._watch.until:
             return False

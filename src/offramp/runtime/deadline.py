@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from offramp.errors import PlanError
 from offramp.runtime.adaptive import Adaptive
+from offramp.runtime.pace import Deadlines, deadline_of
 
 __all__ = ["ByDeadline"]
 
@@ -24,7 +25,7 @@ class ByDeadline(nn.Module):
 
     Made by ``net.deploy(plans)`` of several budgeted plans, ``offramp.search_front(table, setting="budgeted",
     minimise="latency_ms")`` for one. Without a deadline the best answers. Where none should end in time the fastest
-    does; ``missed`` counts the answers that came late, of ``calls``, and ``picked`` those of each sub-model.
+    does; ``deadlines`` counts the answers that came late, ``calls`` all, and ``picked`` those of each sub-model.
 
     What a sub-model takes is the slowest of its last 31 runs on inputs of that shape, the very first not counted: a
     deadline is held against bad luck, not against the mean. ``calibrate(x)`` times all of them; one that was never
@@ -42,7 +43,8 @@ class ByDeadline(nn.Module):
         self._ranked = sorted(range(len(options)), key=lambda k: self._quality(k))
         self._known: dict[Any, deque[float]] = {}
         self._lock = threading.Lock()
-        self.calls, self.missed, self.picked = 0, 0, [0] * len(options)
+        self.deadlines = Deadlines()
+        self.calls, self.picked = 0, [0] * len(options)
         self.training = False
 
     @property
@@ -61,11 +63,13 @@ class ByDeadline(nn.Module):
         with self._lock:
             self.calls += 1
             self.picked[k] += 1
-            self.missed += deadline_ms is not None and took > deadline_ms
+        if deadline_ms is not None:
+            self.deadlines.note(took > deadline_ms)
         return output
 
     def choose(self, *args: Any, deadline_ms: float | None = None, **kwargs: Any) -> int:
-        """Which sub-model such a call would run, an index into ``names``."""
+        """Which sub-model such a call would run, an index into ``names``; OfframpError where the deadline is none."""
+        deadline_ms = deadline_of(deadline_ms, "fast(x, deadline_ms=...)")
         if deadline_ms is None:
             return self._ranked[-1]
         kind = _kind(args, kwargs)
@@ -98,7 +102,7 @@ class ByDeadline(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"ends={list(self.names)}"
+        return f"ends={list(self.names)}" + (f", deadlines: {self.deadlines}" if self.deadlines.calls else "")
 
     def _option(self, k: int) -> Adaptive:
         return cast(Adaptive, self.options[k])

@@ -6,15 +6,18 @@ Times are wall-clock milliseconds.
 import math
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from numbers import Real
 from typing import Any
+
+import torch
 
 from offramp.errors import OfframpError
 from offramp.types import Ahead
 
-__all__ = ["Deadlines", "Pace", "Watch", "deadline_of", "now"]
+__all__ = ["Cancel", "Deadlines", "Pace", "Watch", "deadline_of", "now"]
 
 _KEPT, _PATIENCE = 64, 16
 _SURE, _SUREST = 0.95, 0.99
@@ -116,18 +119,31 @@ class _Kind:
 
 
 class Watch:
-    """When one call gives work up: asked between its operations, ``watch()`` says True once nothing can come of it.
+    """When one call gives work up (``offramp.types.Stop``): asked between its operations, ``watch()`` says True once
+    nothing can come of it.
 
-    That is when the deadline would pass even if the rest took as short as ever, when ``asked`` says so, or when the
-    watch is closed. The first answer is given up for the last of these alone. Any thread may close it.
+    That is when the deadline would pass even if the rest took as short as ever, and when somebody wished for what there
+    is. The first answer is given up for neither, only where the watch is closed. Any thread may wish and close.
     """
 
-    def __init__(self, until: float, asked: Callable[[], bool]) -> None:
-        self.until, self.asked = until, asked
-        self.closed = False
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.due_ns = None if until == math.inf else time.monotonic_ns() + round(1e6 * (until - now()))
+        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.wished = self.closed = False
         self._marks: list[float] = []
         self._due: list[float] = []
         self._first = True
+
+    def wish(self) -> None:
+        """Somebody wants what there is."""
+        self.wished = True
+        self.flag.fill_(1)
+
+    def close(self) -> None:
+        """Nobody wants an answer any more."""
+        self.closed = True
+        self.wish()
 
     def begin(self, first: bool, rest: list[float], least: float) -> None:
         """Work begins, such as :meth:`Pace.rest` knows."""
@@ -137,14 +153,45 @@ class Watch:
     def __call__(self) -> bool:
         time, at, due = now(), len(self._marks), self._due
         self._marks.append(time)
-        if self.closed or self._first:
+        if self._first:
             return self.closed
-        return time > (due[at] if at < len(due) else self.until) or self.asked()
+        return self.wished or time > (due[at] if at < len(due) else self.until)
 
     def shares(self, began: float, ended: float) -> list[float]:
         """Of each time it was asked, the share of the work that was still to come."""
         took = max(ended - began, 1e-9)
         return [(ended - mark) / took for mark in self._marks]
+
+
+class Cancel:
+    """A handle for other threads: ``fast.predict(x, stop=cancel)``, and elsewhere ``cancel.set()`` for what there is.
+
+    Work under way is given up at its next operation; the first answer still comes. One handle may serve any number of
+    calls, at once or in turn: once it is set, all of them stop at their first answer.
+    """
+
+    def __init__(self) -> None:
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._set = False
+
+    def set(self) -> None:
+        """Wish for what there is by now."""
+        with self._lock:
+            self._set = True
+            for watch in self._watches:
+                watch.wish()
+
+    def is_set(self) -> bool:
+        """Whether somebody did."""
+        return self._set
+
+    def tell(self, watch: Watch) -> None:
+        """A call that is to hear of it."""
+        with self._lock:
+            self._watches.add(watch)
+            if self._set:
+                watch.wish()
 
 
 class Deadlines:

@@ -1,6 +1,6 @@
 """A deployed network exit by exit, for all rows of a call: what anytime answers are made from."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +12,16 @@ from offramp.runtime._legs import Call, Leg
 from offramp.runtime._output import rows_of
 from offramp.runtime._passing import Passing
 from offramp.runtime._stops import GivenUp
-from offramp.types import Ahead, Step
+from offramp.types import Ahead, Step, Stop
 
 if TYPE_CHECKING:
     from offramp.runtime.adaptive import Adaptive
 
-__all__ = ["steps_of"]
+__all__ = ["stepwise"]
 
 
-def steps_of(fast: "Adaptive", call: Call, stop: Callable[[], bool]) -> Generator[Ahead | Step, None, None]:
-    """Work and answers in turn, as ``types.Steps`` has them; where the plan is input-dependent, rows that its policy
+def stepwise(fast: "Adaptive", call: Call, stop: Stop) -> Generator[Ahead | Step, None, None]:
+    """Work and answers in turn, as ``types.Stepwise`` has them; where the plan is input-dependent, rows that its policy
     settled keep their answer, and the answers end once all are settled."""
     with torch.inference_mode():
         state = fast.begin(*call[0], **call[1])
@@ -34,7 +34,7 @@ def steps_of(fast: "Adaptive", call: Call, stop: Callable[[], bool]) -> Generato
         turn.end()
 
 
-def _steps(fast: "Adaptive", state: Any, call: Call, stop: Callable[[], bool], turn: Passing
+def _steps(fast: "Adaptive", state: Any, call: Call, stop: Stop, turn: Passing
            ) -> Generator[Ahead | Step, None, None]:
     count = state.rows
     whole, exits = None, torch.zeros(count, dtype=torch.int64)
