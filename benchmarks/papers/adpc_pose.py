@@ -116,12 +116,16 @@ def splits(args: argparse.Namespace) -> tuple[Poses, Poses]:
 
 
 def network(args: argparse.Namespace, row: str, seed: int) -> torch.nn.Module:
+    """Heatmaps begin near zero, as the authors' do, whose layers start with a deviation of 0.001."""
     torch.manual_seed(seed)
     guest = HRNetPose(args.network, 16, pretrained=args.pretrained or False)
     heads = (offramp.redesigned(guest.ends, args.channels) if row.startswith("RH") else
              dict.fromkeys(guest.ends, offramp.RedesignedSpec(down=0, channels=0, finest=True)))
     net = offramp.attach(guest, torch.zeros(2, 3, *size_of(args)), exits=() if row == "single" else guest.ends,
                          heads=heads, keep_costly=True)
+    for last in (guest.final_layer, *(head.last for head in net.heads.modules() if hasattr(head, "last"))):
+        torch.nn.init.normal_(last.weight, std=0.001)
+        torch.nn.init.zeros_(last.bias)
     return offramp.mask_(net, confidence="value") if row.endswith("CA") else net
 
 
