@@ -69,7 +69,7 @@ def iterates(args: argparse.Namespace, seed: int) -> Reached:
     plain = offramp.recipes.slim(epochs=epochs, ohem=False, distill=None, seed=seed, batch_size=8,
                                  augment_pair=recipe(args, seed).augment_pair)
     how = replace(plain, optimiser="adamw", lr=2e-3, weight_decay=0.02, schedule="cosine", warmup=0.05, clip=1.0)
-    folder = args.work / f"mdeq-{args.size}-{epochs}-{args.gradient_steps}-{args.precision}-seed{seed}"
+    folder = args.work / f"mdeq-{args.scenes}x{args.size}-{epochs}-{args.gradient_steps}-{args.precision}-seed{seed}"
     fit(args, net, how, folder, split_of(args, "train"))
     if not (folder / "test" / "table.json").is_file():
         made = offramp.attach(net, example(args), exits=net.exits(*[*PAPER][:-1]), heads=net.decoder)

@@ -231,3 +231,16 @@ def test_it_is_found_by_name_and_its_weights_are_a_file(tmp_path: Path) -> None:
     with torch.inference_mode():
         x = torch.rand(1, 3, 32, 48)
         assert torch.equal(net(x), again(x)) and net(x).shape == (1, 11, 32, 48)
+
+
+@pytest.mark.parametrize("recipe, why", [
+    (offramp.recipes.label_free(epochs=1), "no parameter that takes gradients"),
+    (offramp.recipes.joint(epochs=1), "a site where tensors determine the rest"),
+])
+def test_its_exits_are_not_trained(recipe: offramp.Recipe, why: str) -> None:
+    net = small(3)
+    with_exits = offramp.attach(net, torch.rand(2, 3, 64, 64), exits=net.exits(1), heads=net.decoder)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(OfframpError, match=why):
+        offramp.fit(with_exits, Toy(), recipe, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

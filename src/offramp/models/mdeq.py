@@ -6,7 +6,7 @@ exit, ``MDEQ.exits`` names them and ``MDEQ.decoder`` hangs the network's own hea
 
     net = offramp.attach(mdeq, x, exits=mdeq.exits(4, 6, 8), heads=mdeq.decoder)
 
-What ``mdeq_small`` costs at 1024x2048 with 19 classes: 32.9 G MACs of convolutions before and after, 52.7 G for every
+What ``mdeq_small`` costs at 1024x2048 with 19 classes: 33.2 G MACs of convolutions before and after, 52.7 G for every
 application. ADP-C's four figures are, to their last digit, those of 2 (k + 1) applications for iterate k of Broyden's
 method; an iterate k of ours is k applications, less than half of that.
 
@@ -233,7 +233,10 @@ class MDEQ(nn.Module):
         return tuple(f"cell#{k - 1}" if k > 1 else "cell" for k in at)
 
     def decoder(self, site: Any) -> nn.Module:
-        """What ``attach(heads=...)`` hangs at a site: the network's own head, shared, on the cell's maps there."""
+        """What ``attach(heads=...)`` hangs at a site: the network's own head, shared, on the cell's maps there.
+
+        ``fit`` refuses to train such exits: train the network before, as it is.
+        """
         height, width = site.site.live[-len(self.channels)].shape[2:]
         return Decoder(self.head, len(self.channels), (site.out_size[0] / height, site.out_size[1] / width))
 
