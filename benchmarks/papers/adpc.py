@@ -49,6 +49,7 @@ def main() -> None:
     options.add_argument("--on", choices=("scenes", "camvid"), default="scenes", help="what is trained on")
     options.add_argument("--work", type=Path, default=Path("runs/adpc"), help="weights, logs and tables")
     options.add_argument("--part", choices=sorted(PARTS), action="append", help="several may be given; all by default")
+    options.add_argument("--network", default="hrnet_w48/3", help="that is trained; /3: with a third of its channels")
     options.add_argument("--size", default="96x128", help="of the pictures that are trained on")
     options.add_argument("--scenes", type=int, default=600, help="pictures to draw and to train on")
     options.add_argument("--epochs", type=int, default=20)
@@ -63,6 +64,7 @@ def main() -> None:
     args = options.parse_args()
     if args.quick:
         args.work, args.epochs, args.size, args.scenes = args.work / "quick", 1, "64x96", 16
+        args.network = "hrnet_w18_small/2"
     for part in args.part or PARTS:
         where = "" if part == "macs" else f"-{args.on}"
         PARTS[part](args, Sheet(f"adpc-{part}{where}" + "-quick" * args.quick))
@@ -133,7 +135,7 @@ def train(args: argparse.Namespace, sheet: Sheet) -> None:
         for threshold in sorted({*TRIED, args.threshold}):
             net.threshold = threshold
             tried[threshold] = reached(args, net, "RH + CA", seed, "calibration")
-        good = [threshold for threshold, at in tried.items() if at.miou[-1] >= wanted]
+        good = [threshold for threshold in sorted(tried, reverse=True) if tried[threshold].miou[-1] >= wanted]
         net.threshold = min(good, key=lambda threshold: tried[threshold].macs[-1], default=args.threshold)
         chosen = reached(args, net, "RH + CA", seed, "test")
         show(sheet, f"seed {seed}, RH + CA at {net.threshold:g}, chosen on calibration", chosen, ((), ()))
