@@ -17,8 +17,8 @@
 extern "C" {
 const char* offramp_isa(int);
 void offramp_parallel(void*);
-int64_t offramp_packed_floats(int, int32_t, int32_t, int32_t);
-void offramp_pack(int, const float*, int32_t, int32_t, int32_t, float*);
+int64_t offramp_packed_floats(int, int32_t, int32_t, int32_t, int32_t);
+void offramp_pack(int, const float*, int32_t, int32_t, int32_t, int32_t, float*);
 int offramp_settle(offramp::Plan*, const uint8_t*, int32_t, int32_t);
 int64_t offramp_run(offramp::Plan*, int64_t, int64_t, int32_t, const int32_t*, int64_t);
 void offramp_read_active(const offramp::Level*, const offramp::Plane*, int64_t, float*, int64_t, int64_t, int64_t);
@@ -118,7 +118,7 @@ int round_of(int isa, int kind, bool large) {
     const int height = 1 + below(9), width = 1 + below(20), depthwise = !large && below(2);
     const int groups = large ? 1 : 1 + below(depthwise ? 40 : 2), sizes[] = {1, 3, 16, 18, 40, 65};
     const int inputs = large ? 180 : depthwise ? 1 : sizes[below(6)];
-    const int outputs = large ? 181 : depthwise ? 1 : sizes[below(6)];
+    const int outputs = large ? 177 : depthwise ? 1 : sizes[below(6)];
     const int channels = groups * inputs, made = groups * outputs;
     const int kernel = large ? 3 : 1 + 2 * below(3), stride = 1 + below(2), dilation = 1 + below(2), edge = dilation * (kernel / 2);
     const int tall = stride == 1 ? height : 2 * height - below(2), wide = stride == 1 ? width : 2 * width - below(2);
@@ -149,10 +149,10 @@ int round_of(int isa, int kind, bool large) {
         for (int c = 0; c < made; ++c)
             for (int t = 0; t < taps; ++t) packed[(size_t)t * row + (size_t)c] = weight[(size_t)(c * taps + t)];
     } else {
-        const size_t size = (size_t)offramp_packed_floats(isa, inputs, outputs, taps);
+        const size_t size = (size_t)offramp_packed_floats(isa, inputs, outputs, taps, inputs);
         packed.assign(size * (size_t)groups, 0);
         for (int g = 0; g < groups; ++g)
-            offramp_pack(isa, weight.data() + g * outputs * inputs * taps, inputs, outputs, taps,
+            offramp_pack(isa, weight.data() + g * outputs * inputs * taps, inputs, outputs, taps, inputs,
                          packed.data() + size * (size_t)g);
     }
     const bool plain = below(2), relu = below(2);

@@ -136,7 +136,7 @@ def test_blocks_of_channels_one_after_the_other_on_two_threads(isa: str, two_thr
     networks take."""
     sketch = Sketch(4)
     first, other = sketch.map(180, 24, 23), sketch.map(5, 40, 41)
-    large = sketch.conv(first, 181)
+    large = sketch.conv(first, 177)
     small = sketch.conv(sketch.conv(sketch.conv(other, 21, stride=2), 20), 21)
     mask = mask_of("random", 24, 23, 0.5, sketch.draw)
     given = {map_: torch.randn(sketch.maps[map_][1], *sketch.size(map_), generator=sketch.draw)

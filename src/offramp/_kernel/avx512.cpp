@@ -7,6 +7,7 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx2,fma")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in its own header, of what is undefined on purpose
 #endif
 #define LANES 16
 #define PLACES(vectors) ((vectors) == 1 ? 12 : (vectors) == 2 ? 12 : (vectors) == 3 ? 8 : 6)

@@ -123,13 +123,57 @@ void channels(const Conv& c, const Chunk& chunk, const Block& of, int vectors) {
     }
 }
 
+// P places x T channels, each a sum over vectors of the inputs of a run.
+template <int P, int T>
+void dot_block(const Conv& c, const Chunk& chunk, const Block& of, int64_t from, int valid) {
+    const float* tap[P];
+    for (int p = 0; p < P; ++p) tap[p] = first_tap(c, chunk.places[from + (p < valid ? p : valid - 1)]) + of.input;
+    V sum[P][T] = {};
+    const int64_t filled = (int64_t)vectors_of(c.run, LANES) * LANES;
+    const float* weight = of.weight;
+    for (int r = 0; r < c.runs; ++r, weight += T * filled)
+        for (int k = 0; k < c.run; k += LANES) {
+            V x[P];
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) x[p] = load_upto(tap[p] + c.jump[r] + k, c.run - k);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+                const V w = load(weight + t * filled + k);
+#pragma GCC unroll 8
+                for (int p = 0; p < P; ++p) sum[p][t] += w * x[p];
+            }
+        }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+        if (p >= valid) break;
+        float* raw = raw_of(chunk, from + p);
+        float* out = at(c.out, chunk.places[from + p]) + of.first;
+        const float* residual = c.residual.at ? at(c.residual, chunk.places[from + p]) + of.first : nullptr;
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+            const float dot = total(sum[p][t]);
+            if (raw) raw[of.first + t] = dot;
+            float value = dot * c.scale[of.first + t] + c.shift[of.first + t];
+            if (residual) value += residual[t];
+            out[t] = c.relu && value < 0 ? 0 : value;
+        }
+    }
+}
+
+template <int T>
+void dots(const Conv& c, const Chunk& chunk, const Block& of) {
+    for (int64_t from = 0; from < chunk.count; from += 4)
+        dot_block<4, T>(c, chunk, of, from, (int)least(4, chunk.count - from));
+}
+
 inline int64_t taps_of(const Conv& c) { return (int64_t)c.runs * c.run; }
 
 // How many tasks share the output channels of one chunk of places.
 inline int64_t parts_of(const Conv& c) {
     if (c.groups * taps_of(c) * c.outputs <= WEIGHTS_IN_CACHE) return 1;
-    int64_t count = 1;
-    for (int left = vectors_of(c.outputs, LANES); left > MOST; left -= STEP) ++count;
+    const int few = dots_of(c.outputs, c.run, LANES);
+    int64_t count = few > 0;
+    for (int left = vectors_of(c.outputs - few, LANES); left > 0; left -= next_block(left, MOST, STEP)) ++count;
     return count * c.groups;
 }
 
@@ -139,18 +183,31 @@ void convolve(const Op& op, int64_t task, float* raw) {
     const bool parted = parts_of(c) > 1;
     const int64_t only = parted ? task / chunks : -1;
     const Chunk chunk = chunk_of(op, parted ? task % chunks : task, raw, raw_row(c));
+    const int few = dots_of(c.outputs, c.run, LANES);
     const float* weight = c.weight;
     int64_t number = 0;
     for (int group = 0; group < c.groups; ++group) {
-        int channel = 0;
-        for (int left = vectors_of(c.outputs, LANES); left > 0; ++number) {
+        Block of{weight, group * c.outputs, c.outputs - few, group * c.inputs};
+        for (int left = vectors_of(c.outputs - few, LANES); left > 0; ++number) {
             const int vectors = next_block(left, MOST, STEP);
-            const Block of{weight, group * c.outputs + channel, c.outputs - channel, group * c.inputs};
             if (only < 0 || only == number) channels(c, chunk, of, vectors);
-            weight += taps * vectors * LANES;
-            channel += vectors * LANES;
+            of.weight += taps * vectors * LANES;
+            of.first += vectors * LANES;
+            of.left -= vectors * LANES;
             left -= vectors;
         }
+        if (few && (only < 0 || only == number)) {
+            if (few == 1) dots<1>(c, chunk, of);
+#if LANES > 4
+            else if (few == 2) dots<2>(c, chunk, of);
+#endif
+#if LANES > 8
+            else if (few == 3) dots<3>(c, chunk, of);
+            else dots<4>(c, chunk, of);
+#endif
+        }
+        number += few > 0;
+        weight = of.weight + (int64_t)c.runs * few * vectors_of(c.run, LANES) * LANES;
     }
 }
 

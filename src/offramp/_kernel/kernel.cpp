@@ -131,7 +131,7 @@ using namespace offramp;
 
 // Changes with the interface; the door does not talk to a library of another one.
 API int64_t offramp_interface() {
-    return 1000000 * 2 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
+    return 1000000 * 3 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
                                    sizeof(Sum) + sizeof(Pool) + sizeof(Op) + sizeof(Plan));
 }
 
@@ -141,25 +141,32 @@ API void offramp_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Par
 
 API int offramp_can_share() { return parallel != nullptr; }
 
-API int64_t offramp_packed_floats(int isa, int32_t inputs, int32_t outputs, int32_t taps) {
-    const int lanes = path(isa)->lanes;
-    return (int64_t)taps * inputs * vectors_of(outputs, lanes) * lanes;
+API int64_t offramp_packed_floats(int isa, int32_t inputs, int32_t outputs, int32_t taps, int32_t run) {
+    const int lanes = path(isa)->lanes, dots = dots_of(outputs, run, lanes);
+    const int64_t all = (int64_t)taps * inputs;
+    return (all * vectors_of(outputs - dots, lanes) + all / run * dots * vectors_of(run, lanes)) * lanes;
 }
 
 // weight: (outputs, inputs, taps), as torch has it -> blocks of [tap, input][channel], whose last vector is filled up
-// with zeros.
-API void offramp_pack(int isa, const float* weight, int32_t inputs, int32_t outputs, int32_t taps, float* packed) {
+// with zeros; then those of dot products: [run][channel][run, filled up with zeros]. run: how many of [tap, input] lie
+// side by side in the input.
+API void offramp_pack(int isa, const float* weight, int32_t inputs, int32_t outputs, int32_t taps, int32_t run,
+                      float* packed) {
     const Path& set = *path(isa);
-    const int64_t all = (int64_t)taps * inputs;
+    const int64_t all = (int64_t)taps * inputs, dots = dots_of(outputs, run, set.lanes);
+    const auto of = [&](int64_t o, int64_t tap) { return weight[(o * inputs + tap % inputs) * taps + tap / inputs]; };
     int64_t channel = 0, last = 0;
-    for (int left = vectors_of(outputs, set.lanes); left > 0; channel = last) {
+    for (int left = vectors_of((int)(outputs - dots), set.lanes); left > 0; channel = last) {
         const int vectors = next_block(left, set.most, set.step);
         last = channel + vectors * set.lanes;
         for (int64_t tap = 0; tap < all; ++tap)
-            for (int64_t o = channel; o < last; ++o)
-                *packed++ = o < outputs ? weight[(o * inputs + tap % inputs) * taps + tap / inputs] : 0;
+            for (int64_t o = channel; o < last; ++o) *packed++ = o < outputs ? of(o, tap) : 0;
         left -= vectors;
     }
+    const int64_t filled = (int64_t)vectors_of(run, set.lanes) * set.lanes;
+    for (int64_t first = 0; first < all; first += run)
+        for (int64_t o = outputs - dots; o < outputs; ++o)
+            for (int64_t k = 0; k < filled; ++k) *packed++ = k < run ? of(o, first + k) : 0;
 }
 
 // mask: (height, width). 0 where there is no memory for what it says.

@@ -146,6 +146,13 @@ static inline int64_t raw_row(const Conv& c) {
 }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// How many of the last output channels are dot products along a run, for a vector of channels would hold few of them:
+// 18 channels are one vector of 16 and two dot products, not two vectors.
+static inline int dots_of(int outputs, int run, int lanes) {
+    const int last = outputs % lanes;
+    return last <= lanes / 4 && 3 * last * vectors_of(run, lanes) < run ? last : 0;
+}
+
 constexpr int64_t WEIGHTS_IN_CACHE = 1 << 18;  // floats: beyond 1 MB one block of channels is done for all places first
 
 bool settle(Plan& plan, const uint8_t* mask, int32_t height, int32_t width);

@@ -87,13 +87,13 @@ class Plan(ctypes.Structure):
                 ("phases", _POINTER), ("scratch", List), ("spans", List), ("isa", _INT), ("excess", _INT)]
 
 
-INTERFACE = 1000000 * 2 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))
+INTERFACE = 1000000 * 3 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))
 _SIGNATURES = {
     "offramp_isa": (ctypes.c_char_p, [_INT]),
     "offramp_parallel": (None, [_POINTER]),
     "offramp_can_share": (_INT, []),
-    "offramp_packed_floats": (_LONG, [_INT] * 4),
-    "offramp_pack": (None, [_INT, _POINTER, _INT, _INT, _INT, _POINTER]),
+    "offramp_packed_floats": (_LONG, [_INT] * 5),
+    "offramp_pack": (None, [_INT, _POINTER, _INT, _INT, _INT, _INT, _POINTER]),
     "offramp_settle": (_INT, [ctypes.POINTER(Plan), _POINTER, _INT, _INT]),
     "offramp_run": (_LONG, [ctypes.POINTER(Plan), _LONG, _LONG, _INT, _POINTER, _LONG]),
     "offramp_read_active": (None, [_POINTER, ctypes.POINTER(Plane), _LONG, _POINTER, _LONG, _LONG, _LONG]),

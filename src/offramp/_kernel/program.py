@@ -265,7 +265,7 @@ class Kernel:
             runs = [i * down * source.row + j * across * source.step for i in range(tall) for j in range(wide)]
             run = inputs
         falloff = [math.exp(-op.lam**2 * excess) for excess in range(native.SQUARES)]
-        weight = _by_channel(op.weight) if depthwise else self._pack(op.weight, op.groups)
+        weight = _by_channel(op.weight) if depthwise else self._pack(op.weight, op.groups, run)
         return native.DEPTHWISE if depthwise else native.CONV, native.Conv(
             source, self._plane(op.out), self._plane(op.residual), self._keep(weight).data_ptr(),
             *(self._floats(given) for given in (op.scale, op.shift, op.bare)),
@@ -273,13 +273,13 @@ class Kernel:
             op.groups, int(op.relu), op.window.stride, op.window.padding,
             max(excess for excess, weight in enumerate(falloff) if weight >= self._cutoff), 0, tuple(falloff))
 
-    def _pack(self, weight: Tensor, groups: int) -> Tensor:
-        """(C_out, C_in / groups, k_h, k_w) in the order in which this instruction set reads it."""
+    def _pack(self, weight: Tensor, groups: int, run: int) -> Tensor:
+        """(C_out, C_in / groups, k_h, k_w) in the order in which this instruction set reads it, ``run`` side by side."""
         inputs, taps, outputs = weight.shape[1], weight[0, 0].numel(), len(weight) // groups
-        size = self._lib.offramp_packed_floats(self._isa, inputs, outputs, taps)
+        size = self._lib.offramp_packed_floats(self._isa, inputs, outputs, taps, run)
         packed = torch.empty(groups, size)
         for theirs, ours in zip(weight.detach().float().contiguous().chunk(groups), packed, strict=True):
-            self._lib.offramp_pack(self._isa, theirs.data_ptr(), inputs, outputs, taps, ours.data_ptr())
+            self._lib.offramp_pack(self._isa, theirs.data_ptr(), inputs, outputs, taps, run, ours.data_ptr())
         return packed
 
 
