@@ -37,7 +37,7 @@ def walk(
     instead of the inputs.
     timed: milliseconds from the call to each exit's answer, or what yields an answer an exit when it is called on the
         inputs, which is then timed (:func:`times_of`). Nothing: ``net`` itself is timed, unless it is masked: the dense
-        simulation of a mask saves no time, so give the ``anytime`` of the network that it is deployed as.
+        simulation of a mask saves no time, so give ``masked.deploy().anytime``.
 
     ``offramp.report`` has ``png``, ``gif``, ``mp4`` and ``render_walks`` to draw it, and ``save_walk``. ADP-C
     (arXiv:2104.00749), Figs. 5, 9 and 10. Masks are shown at the output's size, by nearest, as later layers see them;
