@@ -187,6 +187,22 @@ def test_resizes_are_torchs(how: Resize) -> None:
             torch.testing.assert_close(runner.read(out), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_mean_at_ragged_ends_is_torchs(padding: int, counts: bool) -> None:
+    """Where windows leave the map by more than its padding, as with ``ceil_mode``, these rows are never counted."""
+    x = torch.randn(1, 5, 8, 6)
+    expected = F.avg_pool2d(x, 3, 2, padding, ceil_mode=True, count_include_pad=counts)[0]
+    sketch = Sketch()
+    first, out = sketch.map(5, 8, 6), sketch.map(5, *expected.shape[1:])
+    sketch.add(Pool(sketch.whole(first), sketch.whole(out), Window((3, 3), (2, 2), (padding,) * 2), "mean", counts))
+    runner = kernel.Kernel(sketch.program([first, out]))
+    runner.write(first, x[0])
+    runner.settle(torch.ones(8, 6, dtype=torch.bool))
+    assert runner.run(0)
+    torch.testing.assert_close(runner.read(out), expected)
+
+
 def test_a_mask_comes_to_each_level_as_torchs_nearest_brings_it() -> None:
     sketch = Sketch()
     outs = [sketch.map(1, height, 47 - height) for height in range(1, 47)]

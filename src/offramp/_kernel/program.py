@@ -274,7 +274,7 @@ class Kernel:
             max(excess for excess, weight in enumerate(falloff) if weight >= self._cutoff), 0, tuple(falloff))
 
     def _pack(self, weight: Tensor, groups: int, run: int) -> Tensor:
-        """(C_out, C_in / groups, k_h, k_w) in the order in which this instruction set reads it, ``run`` side by side."""
+        """(C_out, C_in / groups, k_h, k_w) in the order in which this instruction set reads it, ``run`` at a time."""
         inputs, taps, outputs = weight.shape[1], weight[0, 0].numel(), len(weight) // groups
         size = self._lib.offramp_packed_floats(self._isa, inputs, outputs, taps, run)
         packed = torch.empty(groups, size)
