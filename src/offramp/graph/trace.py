@@ -24,6 +24,7 @@ __all__ = ["Program", "Traced", "trace"]
 
 _MOST_LEAVES = 64
 _LARGE = 400_000
+_recording = threading.RLock()  # a recorder stands in for methods of torch's own classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +154,7 @@ class Traced:
         """Run the model on copies of the inputs. Modules in which ops hide become leaves, and it is run again."""
         for _ in range(_MOST_LEAVES):
             try:
-                with as_found(self.model, mode=mode):
+                with _recording, as_found(self.model, mode=mode):
                     return _record(self.model, args, kwargs, self._leaves, mode is False, self._pretend)
             except Untraceable as hidden:
                 if not hidden.path:

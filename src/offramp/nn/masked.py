@@ -7,7 +7,7 @@ computes every place and puts the means over it: to train with and to know what 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,6 +46,8 @@ class Masked(nn.Module):
     Masks are those of the call's own input; nothing of them outlives it.
     """
 
+    deploy: ClassVar[Callable[..., nn.Module]]
+    """``masked.deploy()``, which runs active places alone; hung here by ``offramp/__init__``, for it stands above."""
     enabled: bool = True
     """Whether calls are masked; where not, ``masked(x)`` is ``masked.net(x)``, bit for bit."""
     notes: tuple[str, ...] = ()

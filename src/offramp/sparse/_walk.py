@@ -1,6 +1,5 @@
 """One batch on its way: which of its images run sparsely, each in a runner of its own, and which still densely."""
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 from offramp.graph import State
 from offramp.sparse.lower import Lowered
 from offramp.sparse.plain import Runner
+from offramp.types import Stop
 
 __all__ = ["Walk", "resized"]
 
@@ -17,58 +17,79 @@ Dense = Callable[[int, State, fx.GraphModule | None], tuple[State | None, Tensor
 
 
 class Walk:
-    """Goes from exit to exit. An image that runs sparsely does so to the end: masks only shrink."""
+    """Goes from exit to exit: for each ``prepare``, then ``run``.
+
+    An image that runs sparsely does so to the end, for masks only shrink.
+    """
 
     def __init__(self, lowered: Lowered, lend: Callable[[], Runner], dense: Dense, state: State, above: float) -> None:
         """dense: runs a stage on all places; of images whose mask is denser than ``above``."""
         self._lowered, self._lend, self._dense, self._above = lowered, lend, dense, above
         self._state: State | None = state
-        self._rows = list(range(state.rows))  # that run densely
+        self._mask: Tensor | None = None
+        self.rows = list(range(state.rows))
+        """The images that run densely."""
         self._runners: dict[int, Runner] = {}
+        """Of the images that run sparsely; those with nothing left to do have none."""
 
     @torch.inference_mode()
-    def go_on(self, k: int, mask: Tensor, carried: Tensor, stop: Tensor | None, deadline_ns: int | None
-              ) -> Tensor | None:
-        """Exit k's logits under the mask of the exit before, whose own are ``carried``; None where it was stopped."""
+    def prepare(self, k: int, mask: Tensor) -> int:
+        """From here on this mask, of exit k - 1; the MACs of what it leaves to do until exit k, all images together."""
+        self._mask = mask
         self._sparsen(k, mask)
+        costs, levels = self._lowered.costs[k - 1], self._lowered.program.levels
+        places = {level: levels[level].height * levels[level].width for level in costs}
+        macs = len(self.rows) * sum(cost * places[level] for level, cost in costs.items())
+        for n, runner in list(self._runners.items()):
+            if not bool(mask[n].any()):
+                del self._runners[n]
+                continue
+            runner.settle(mask[n, 0])
+            macs += round(sum(cost * places[level] * runner.density(level) for level, cost in costs.items()))
+        return macs
+
+    @torch.inference_mode()
+    def run(self, k: int, carried: Tensor, stop: Stop | None) -> Tensor | None:
+        """Exit k's logits, at settled places those of the exit before, ``carried``; None where it was stopped."""
         at = self._lowered.logits[k - 1]
         program = self._lowered.program
         level = program.levels[program.maps[at].level]
         out = resized(carried, (level.height, level.width)).clone(memory_format=torch.contiguous_format)
-        if self._rows:
-            if (stop is not None and bool(stop)) or (deadline_ns is not None and time.monotonic_ns() >= deadline_ns):
+        if self.rows:
+            if stop is not None and stop():
                 return None
-            assert self._state is not None
+            assert self._state is not None and self._mask is not None
             self._state, fresh = self._dense(k, self._state, self._lowered.end)
-            rows = torch.tensor(self._rows, device=out.device)
-            out[rows] = torch.where(resized(mask[rows], out.shape[2:]), fresh, out[rows])
+            rows = torch.tensor(self.rows, device=out.device)
+            out[rows] = torch.where(resized(self._mask[rows], out.shape[2:]), fresh, out[rows])
         for n, runner in self._runners.items():
-            if bool(mask[n].any()):
-                runner.settle(mask[n, 0])
-                if not runner.run(k - 1, stop, deadline_ns):
-                    return None
-                runner.read_active(at, out[n])
+            if not runner.run(k - 1, *((None, None) if stop is None else (stop.flag, stop.due_ns))):
+                return None
+            runner.read_active(at, out[n])
         return out
 
     def _sparsen(self, k: int, mask: Tensor) -> None:
         """Hand images with few active places over to runners, and forget those with none."""
         state = self._state
-        if not self._rows or state is None:
+        if not self.rows or state is None:
             return
         shares = mask.flatten(1).float().mean(1).tolist()
-        stay = [n for n in self._rows if shares[n] > self._above]
-        if stay and len(stay) < len(self._rows) and state.why_not:
+        stay = [n for n in self.rows if shares[n] > self._above]
+        if stay and len(stay) < len(self.rows) and state.why_not:
             stay = []  # the network would run another program for fewer rows
-        for i, n in enumerate(self._rows):
+        for i, n in enumerate(self.rows):
             if n not in stay and shares[n] > 0:
                 self._runners[n] = runner = self._lend()
+                for earlier in range(k - 1):  # a runner goes through all segments; with nothing active that costs none
+                    runner.settle(torch.zeros_like(mask[n, 0]))
+                    runner.run(earlier)
                 tensors = (*state.tensors, *state.carried)
                 for map_, tensor in zip(self._lowered.frontiers[k - 1], tensors, strict=True):
                     if map_ is not None:
                         runner.write(map_, tensor[i])
-        if len(stay) < len(self._rows):
-            left = torch.tensor([self._rows.index(n) for n in stay], device=mask.device)
-            self._state, self._rows = state.select(left) if stay else None, stay
+        if len(stay) < len(self.rows):
+            left = torch.tensor([self.rows.index(n) for n in stay], device=mask.device)
+            self._state, self.rows = state.select(left) if stay else None, stay
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -42,6 +42,8 @@ class Lowered:
     """The map of each exit's logits but the first's, before they are resized; the last is of the network's own."""
     resizes: tuple[Resizing, ...]
     """Of these."""
+    costs: tuple[Mapping[int, int], ...]
+    """Of each exit but the first, MACs of its convolutions for each active place, by level."""
     end: fx.GraphModule | None
     """The last stage up to the convolution that says the network's logits; None where there is none such: these then
     are carried over at the output's size."""
@@ -226,7 +228,16 @@ def _placed(
         Program(tuple(maps.levels), tuple(regions.regions), found,
                 tuple(Segment(f"after exit {k}", tuple(part)) for k, part in enumerate(parts)), kept),
         tuple(tuple(maps.view(value).map if value in crossing else None for value in part) for part in frontiers),
-        tuple(maps.view(value).map for value in logits), tuple(resizes), end)
+        tuple(maps.view(value).map for value in logits), tuple(resizes),
+        tuple(_costs(part, maps) for part in parts), end)
+
+
+def _costs(ops: Sequence[Op], maps: _Maps) -> Mapping[int, int]:
+    found: Counter[int] = Counter()
+    for op in ops:
+        if isinstance(op, Conv):
+            found[maps.shapes[op.out.map][0]] += op.weight.numel()
+    return found
 
 
 def _op(step: Convolution | SumStep | Pooling, maps: _Maps) -> Op:

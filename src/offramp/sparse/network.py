@@ -1,9 +1,10 @@
 """A masked network that does what its masks leave it to do, with the answers of its dense simulation."""
 
 import copy
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,16 +13,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from offramp._kernel.ops import Level, Program
+from offramp import _kernel
+from offramp._kernel.ops import Conv, Level, Program
 from offramp.errors import OfframpError
+from offramp.functional.confidence import top
 from offramp.graph import State
+from offramp.graph._guest import flat
 from offramp.nn._masked_layers import MaskedLayer
 from offramp.nn.guest import fold_batch_norms_
 from offramp.nn.masked import Masked, MaskedAnswers, coarse_logits
 from offramp.nn.output import form_of
+from offramp.runtime._direct import direct
+from offramp.runtime._legs import Build, Call, Engine, Legs
+from offramp.runtime.anytime import Refining
+from offramp.runtime.pace import Deadlines, Pace
 from offramp.sparse._walk import Walk, resized
 from offramp.sparse.lower import Lowered, Masking, Resizing, lower
 from offramp.sparse.plain import Plain, Runner
+from offramp.types import Ahead, Step, Stop
 
 __all__ = ["Said", "Sparse", "deploy"]
 
@@ -47,41 +56,45 @@ class Said:
             return self.resize(self.coarse)
 
 
-class Sparse(nn.Module):
+class Sparse(Refining, nn.Module):
     """A masked network, run at active places alone; made by :func:`deploy`.
 
     ``fast(x)`` is the network's own output, in type and keys; ``fast.answers(x)`` what ``masked.answers(x)`` says;
-    ``fast.steps(x)`` gives one exit after another. Any number of threads may call. The part up to the first exit runs
-    densely, for the whole batch; after it images go one by one.
+    ``fast.steps(x)`` gives one exit after another; ``fast.anytime(x, deadline_ms=30)`` and ``fast.predict`` are those
+    of every :class:`~offramp.runtime.Refining`, given up within a stage too. Any number of threads may call. The part
+    up to the first exit runs densely, for the whole batch; after it images go one by one.
     """
 
     dense_above: float
     """Share of active places above which a stage runs densely. What it computes at settled places is then real, not
     interpolated, so that its active places see better neighbours than the masked network's; settled logits stay."""
 
-    def __init__(self, masked: Masked, *, engine: Literal["eager", "compile"], runner: Callable[[Program], Runner],
+    def __init__(self, masked: Masked, *, engine: Engine, runner: Callable[[Program], Runner],
                  dense_above: float) -> None:
+        """masked: to keep."""
         super().__init__()
-        self.dense_above, self.engine = dense_above, engine
+        self.dense_above, self.engine, self._make = dense_above, engine, runner
+        self.pace, self.deadlines = Pace(), Deadlines()
         rigs = {layer: layer._offramp_mask for layer in masked.net.modules() if isinstance(layer, MaskedLayer)}
         self._masking: dict[nn.Module, Masking] = {
             layer: Masking(float(masked.lams[rig.key]), rig.says) for layer, rig in rigs.items()}
-        masked.unmask_()
+        net = masked.eval().unmask_()
         self.masked = masked  # its layers are plain ones now; it still says where the network goes on
-        self._fold_first()
-        masked.to(memory_format=torch.channels_last)
-        self._stages = [stage.compiled(_compiled) if engine == "compile" else stage for stage in masked.net.stages]
-        self._heads = [masked.net.head(masked.net.columns[masked.net.columns_at(k)[0]].name)
-                       for k in range(len(masked.net.sites))]
-        self._answer = form_of(masked.net.traced.output, masked.net.logits(masked.net.traced.output))
-        self._make = runner
+        _fold_first_(masked)
+        build = Build(engine=engine, dtype=None, channels_last=True, fold=False)
+        self._begins = Legs((), net.traced, build.convert_(net.backbone), build)
+        self._heads = [build.convert_(net.head(net.columns[net.columns_at(k)[0]].name)) for k in range(len(net.sites))]
+        self._stages = [stage.compiled(_compiled if engine == "compile" else direct) for stage in net.stages]
+        self._answer = form_of(net.traced.output, net.logits(net.traced.output))
         self._programs: OrderedDict[Any, tuple[Lowered, list[Runner]]] = OrderedDict()
         self._lock = threading.RLock()
         self.eval()
 
     def train(self, mode: bool = True) -> "Sparse":
-        """Stays in eval mode."""
+        """A deployed network stays in eval mode; train the one that it came from."""
         return super().train(False)
+
+    # ---- answering -------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, at its end."""
@@ -90,38 +103,45 @@ class Sparse(nn.Module):
 
     def answers(self, *args: Any, **kwargs: Any) -> MaskedAnswers:
         """What every exit says, and its masks."""
-        parts = [list(self._walk(*part)) for part in self._parts(args, kwargs)]
-        exits = list(zip(*parts, strict=True))
+        exits = list(zip(*(list(self._walk(*part)) for part in self._parts(args, kwargs)), strict=True))
         return MaskedAnswers([torch.cat([said.logits for said in one]) for one in exits],
                              [torch.cat([said.mask for said in one if said.mask is not None]) for one in exits[:-1]])
 
-    def steps(self, *args: Any, stop: Tensor | None = None, deadline_ns: int | None = None, **kwargs: Any
-              ) -> Iterator[Said]:
+    def steps(self, *args: Any, stop: Stop | None = None, **kwargs: Any) -> Iterator[Said]:
         """Each exit as soon as it has spoken, for the whole batch; the last is the network's end.
 
-        stop: one int32 that another thread may set, deadline_ns: of ``time.monotonic_ns()``; either ends the steps,
-        also between two operations of a stage, but never before the first exit has spoken.
+        stop: ends the steps, also between two operations of a stage, but not before the first exit has spoken.
         """
-        state, coarse, resize = self._first(args, kwargs)
-        yield from self._walk(state, coarse, resize, stop, deadline_ns)
+        return self._walk(*self._first(args, kwargs), stop)
 
-    # ---- the dense part --------------------------------------------------------------------------------------------
+    def stepwise(self, call: Call, stop: Stop) -> Generator[Ahead | Step, None, None]:
+        """Work and answers in turn, as :class:`offramp.types.Stepwise` has them."""
+        inputs = [leaf for leaf in flat(call)[0] if isinstance(leaf, Tensor)]
+        kind = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
+        example = [leaf for leaf in flat(self.masked.net.traced.few)[0] if isinstance(leaf, Tensor)]
+        share = inputs[0].numel() / max(1, math.prod(example[0].shape[1:]))  # of the example's, with all rows
+        yield Ahead((0, kind), max(1.0, self.masked.net.sites[0].macs_before * share), False)
+        if stop():
+            return
+        for said in self._announced(*self._first(*call), stop):
+            if isinstance(said, tuple):
+                yield Ahead((said[0], kind), max(1, said[1]), said[2])
+                continue
+            with torch.inference_mode():
+                output = self._answer(said.logits)
+            if said.coarse.is_cuda:
+                torch.cuda.synchronize(said.coarse.device)
+            yield Step(output, said.exit, torch.full((len(said.coarse),), said.exit))
 
-    def _fold_first(self) -> None:
-        """Norms into convolutions, in what runs before the first exit and nowhere else."""
-        net = self.masked.net
-        first, *rest = (stage.module().graph for stage in net.stages)
-        later = {node.target for graph in rest for node in graph.nodes if node.op == "call_module"}
-        if later.isdisjoint(node.target for node in first.nodes):
-            fold_batch_norms_(net.backbone, first, "guest.")
+    def sure(self, output: Any) -> Tensor:
+        """The probability of the likeliest class, of each pixel (n, H, W)."""
+        return top(self.masked.net.logits(output))
+
+    # ---- on the way ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _first(self, args: Any, kwargs: Any) -> tuple[State, Tensor, Resizing]:
-        def lay(leaf: Any) -> Any:
-            is_map = isinstance(leaf, Tensor) and leaf.ndim == 4
-            return leaf.contiguous(memory_format=torch.channels_last) if is_map else leaf
-
-        state = self._stages[0](self.masked.net.begin(*map(lay, args), **{k: lay(v) for k, v in kwargs.items()}))
+        state = self._stages[0](self._begins.begin(*args, **kwargs))
         return state, *coarse_logits(self._heads[0], state.tensors)
 
     def _parts(self, args: Any, kwargs: Any) -> Iterator[tuple[State, Tensor, Resizing]]:
@@ -133,10 +153,13 @@ class Sparse(nn.Module):
         for n in range(len(coarse)):
             yield state.select(torch.tensor([n], device=coarse.device)), coarse[n : n + 1], resize
 
-    # ---- the rest --------------------------------------------------------------------------------------------------
+    def _walk(self, state: State, coarse: Tensor, resize: Resizing, stop: Stop | None = None) -> Iterator[Said]:
+        return (said for said in self._announced(state, coarse, resize, stop) if isinstance(said, Said))
 
-    def _walk(self, state: State, coarse: Tensor, resize: Resizing, stop: Tensor | None = None,
-              deadline_ns: int | None = None) -> Iterator[Said]:
+    def _announced(
+        self, state: State, coarse: Tensor, resize: Resizing, stop: Stop | None = None
+    ) -> Iterator[Said | tuple[int, int, bool]]:
+        """What each exit says; before each but the first its number, its MACs, and whether it may be stopped within."""
         with torch.inference_mode():
             said = Said(0, coarse, self.masked.goes_on(coarse, 0), resize)
         yield said
@@ -144,9 +167,10 @@ class Sparse(nn.Module):
             walk = Walk(lowered, lend, self._dense, state, self.dense_above)
             for k, again in enumerate(lowered.resizes, 1):
                 last = k == len(self._heads)
-                carried = said.logits if last and lowered.end is None else said.coarse
                 assert said.mask is not None
-                found = walk.go_on(k, said.mask, carried, stop, deadline_ns)
+                macs = walk.prepare(k, said.mask)
+                yield k, macs, not walk.rows
+                found = walk.run(k, said.logits if last and lowered.end is None else said.coarse, stop)
                 if found is None:
                     return
                 with torch.inference_mode():
@@ -191,7 +215,7 @@ class Sparse(nn.Module):
 
 
 def deploy(
-    masked: Masked, *, engine: Literal["eager", "compile"] = "eager",
+    masked: Masked, *, engine: Engine = "eager",
     runner: Literal["auto", "kernel", "plain"] = "auto", dense_above: float = 1.0,
 ) -> Sparse:
     """Make a module that runs a masked network at its active places alone; also ``masked.deploy()``.
@@ -215,7 +239,23 @@ def deploy(
     if engine not in ("eager", "compile") or runner not in ("auto", "kernel", "plain"):
         raise OfframpError(expected="engine 'eager' or 'compile', and runner 'auto', 'kernel' or 'plain'",
                            got=f"{engine!r} and {runner!r}", where=where)
-    return Sparse(copy.deepcopy(masked), engine=engine, runner=Plain, dense_above=dense_above)
+    make: dict[str, Callable[[Program], Runner]] = {"auto": _best, "kernel": _kernel.Kernel, "plain": Plain}
+    return Sparse(copy.deepcopy(masked), engine=engine, runner=make[runner], dense_above=dense_above)
+
+
+def _best(program: Program) -> Runner:
+    """The kernel where it can."""
+    suits = all(op.weight.dtype == torch.float32 and op.weight.device.type == "cpu"
+                for part in program.segments for op in part.ops if isinstance(op, Conv))
+    return _kernel.Kernel(program) if suits and _kernel.available() and not _kernel.faults(program) else Plain(program)
+
+
+def _fold_first_(masked: Masked) -> None:
+    """Norms into convolutions, in what runs before the first exit and nowhere else."""
+    first, *rest = (stage.module().graph for stage in masked.net.stages)
+    later = {node.target for graph in rest for node in graph.nodes if node.op == "call_module"}
+    if later.isdisjoint(node.target for node in first.nodes):
+        fold_batch_norms_(masked.net.backbone, first, "guest.")
 
 
 def _compiled(module: fx.GraphModule) -> Any:
