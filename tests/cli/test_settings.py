@@ -83,12 +83,14 @@ def test_labels_are_what_the_network_says_at_each_images_own_size(setting: str, 
 
 def test_a_deadline_takes_the_best_answer_by_then(run: Path, photos: Path, tmp_path: Path) -> None:
     exits = set_plan(run, "anytime")
-    call("run", photos, "--model", run, "--out", tmp_path / "a.json", "--deadline-ms", 0, "--no-overlays")
+    said = call("run", photos, "--model", run, "--out", tmp_path / "a.json", "--deadline-ms", 0, "--no-overlays")
+    assert "; 1 of 1 deadlines missed" in " ".join(said.output.split())
     found = json.loads((tmp_path / "a.json").read_text())["predictions"]
-    assert {one["exit"] for one in found} == {exits[0]} and all(one["ms"] > 0 for one in found)
+    assert {one["exit"] for one in found} == {exits[0]} and all(one["ms"] > 0 and one["late"] for one in found)
     assert not (tmp_path / "overlays").exists()
     call("run", photos, "--model", run, "--out", tmp_path / "b.json", "--deadline-ms", 60000, "--batch-size", 1)
-    assert {one["exit"] for one in json.loads((tmp_path / "b.json").read_text())["predictions"]} == {"final"}
+    found = json.loads((tmp_path / "b.json").read_text())["predictions"]
+    assert {one["exit"] for one in found} == {"final"} and not any(one["late"] for one in found)
 
 
 def test_an_image_that_breaks_on_the_way_is_named_and_the_others_are_answered(run: Path, photos: Path,

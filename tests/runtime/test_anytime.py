@@ -99,6 +99,7 @@ def test_a_first_call_goes_by_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> N
     clock.legs_ms = [macs * 10.0 / fast.macs[0] for macs in fast.macs]
     whole = sum(clock.legs_ms)
     assert clock.exits(x, whole - 1e-6) == [0, 1], "before anything is known, MACs foretell"
+    assert clock.ran == [0, 1]
     assert clock.exits(x, whole + 1e-6) == [0, 1, 2]
 
 

@@ -90,15 +90,14 @@ def predict_run(
         images = torch.stack([image for _, image in good]).to(where)
         if deadline_ms is not None and plan.setting == "anytime" and not rows:
             fast.calibrate(images)  # a deadline is kept by what is known of the clock
-        output, left, ms = _answers(fast, images, deadline_ms)
+        output, left, timed = _answers(fast, images, deadline_ms)
         logits = read_logits(output).float().cpu()
         _refuse_nan(logits, [data.names[i] for i in indices])
         sure = logits.softmax(1).amax(1)
         for k, i in enumerate(indices):
             row: dict[str, Any] = {"file": data.names[i], "exit": exits[left[k]],
                                    "confidence": round(float(sure[k].mean()), 6)}
-            if ms is not None:
-                row["ms"] = round(ms, 3)
+            row |= timed
             if dense:
                 row |= _write_pictures(logits[k], data.files[i], folder, pictures[i], palette, overlays)
             else:
@@ -115,12 +114,14 @@ def predict_run(
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(target, text.getvalue())
-    page: dict[str, str] = {}
+    page: dict[str, Any] = {}
     if shown := answered[:walks]:
         made = walks_of(run, data, {i: data.names[i] for i in shown}, engine=engine, device=device, quiet=quiet)
         page = {"walks": str(write_walks(made, [pictures[i] for i in shown], folder, run.source.palette))}
     faults.raise_if_any()
     counts = {name: sum(row["exit"] == name for row in rows) for name in exits}
+    if fast.deadlines.calls:
+        page |= {"deadlines": fast.deadlines.calls, "missed": fast.deadlines.missed}
     return {"images": len(rows), "out": str(target), "exits": counts, "setting": plan.setting, **page}
 
 
@@ -140,12 +141,12 @@ class _Readable(Dataset[Any]):
             return index, error.got
 
 
-def _answers(fast: Adaptive, images: Tensor, deadline_ms: float | None) -> tuple[Any, list[int], float | None]:
-    """The output, each row's exit, and the time it took where that is bounded."""
+def _answers(fast: Adaptive, images: Tensor, deadline_ms: float | None) -> tuple[Any, list[int], dict[str, Any]]:
+    """The output, each row's exit, and where time is bounded what is said of it."""
     if deadline_ms is None:
-        return fast(images), fast.last_exits.tolist(), None
-    *_, last = fast.anytime(images, deadline_ms=deadline_ms)
-    return last.output, last.exits.tolist(), last.elapsed_ms
+        return fast(images), fast.last_exits.tolist(), {}
+    last = fast.predict(images, deadline_ms=deadline_ms)
+    return last.output, last.exits.tolist(), {"ms": round(last.elapsed_ms, 3), "late": last.late}
 
 
 def _picture_names(data: FileSplit, folder: Path) -> list[str]:

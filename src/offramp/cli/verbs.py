@@ -275,6 +275,7 @@ def run(
                        deadline_ms=deadline_ms, overlays=overlays, walks=walks, quiet=as_json)
     left = ", ".join(f"{name} {count}" for name, count in done["exits"].items())
     result(done, f"{done['out']}: {done['images']} images; answered at {left}"
+           + (f"; {done['missed']} of {done['deadlines']} deadlines missed" if "deadlines" in done else "")
            + (f"\n{done['walks']}" if "walks" in done else ""), as_json=as_json)
 
 
