@@ -34,7 +34,6 @@ int offsets(Offset* to) {
 // As torch's interpolate to a given size does by nearest.
 int64_t nearest(int64_t place, int64_t from, int64_t to) {
     if (from == to) return place;
-    if (to == 2 * from) return place >> 1;
     return least((int64_t)floorf((float)place * ((float)from / (float)to)), from - 1);
 }
 

@@ -142,13 +142,13 @@ def _share(program: Program, ops: list[Op]) -> tuple[tuple[Buffer, ...], list[in
     def take(index: int) -> None:
         level = program.levels[program.maps[index].level]
         like = Buffer(level.height, level.width, program.maps[index].channels, frames[index])
-        if free[like] and index not in program.kept:
+        if free[like]:
             own[index] = free[like].pop()
         else:
             own[index] = len(buffers)
             buffers.append(like)
 
-    for index in sorted(program.kept):
+    for index in sorted(program.kept):  # before any memory is free
         take(index)
     for i, op in enumerate(ops):
         dying = {view.map for view in reads_of(op) if last[view.map] == i and view.map not in program.kept}

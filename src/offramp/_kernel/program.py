@@ -293,8 +293,6 @@ def _axis_of(resize: Resize, size: int, to: int) -> tuple[Tensor, Tensor, Tensor
     if resize.mode == "nearest":
         if size == to:
             first = torch.arange(to)
-        elif to == 2 * size:
-            first = torch.arange(to) // 2
         else:
             first = (place * (torch.tensor(float(size)) / to)).floor().long().clamp_(max=size - 1)
         return first.int(), first.int(), None
