@@ -159,13 +159,13 @@ def test_operations_that_are_independent_overlap_and_the_others_wait(two_threads
     x = torch.randn(16, 18, 20, generator=sketch.draw)
     runner = agree(program, {first: x}, [mask], within=1e-4)
     assert len(runner._layout.buffers) < 8
-    runner.write(first, x)
     runner.settle(mask)
-    said = set()
-    for _ in range(200):
+    said: list[set[bytes]] = [set(), set()]
+    for number in range(200):  # of two inputs, for what one left in memory would do for itself
+        runner.write(first, (x, -x)[number % 2])
         assert runner.run(0)
-        said.add(runner.read(left)[:, mask].numpy().tobytes())
-    assert len(said) == 1
+        said[number % 2].add(runner.read(left)[:, mask].numpy().tobytes())
+    assert list(map(len, said)) == [1, 1]
 
 
 @pytest.mark.parametrize("how", [BILINEAR, CORNERS, NEAREST])
