@@ -56,6 +56,8 @@ def test_bad_luck_cannot_rule_work_out_for_good() -> None:
     assert made.expect(WORK, 1.0) == pytest.approx(900.0)
     made.refuse(WORK)
     assert made.expect(WORK, 1.0) == pytest.approx(100.0)
+    for _ in range(5):
+        made.refuse(WORK)
     made.note(WORK, 500.0, 1.0)
     for _ in range(15):
         made.refuse(WORK)
@@ -109,7 +111,8 @@ def test_shares_are_a_running_mean_and_start_anew_where_the_work_asks_otherwise(
     fresh = Pace()
     fresh.note(WORK, 5.0, 1.0)
     fresh.share(WORK, [0.3])
-    assert fresh.rest(WORK) == ([], 0.0), "a run that traced or compiled says nothing of shares"
+    fresh.note(WORK, 5.0, 1.0)
+    assert fresh.rest(WORK) == ([], 5.0), "a run that traced or compiled says nothing of shares"
 
 
 def test_the_first_answer_is_given_up_for_a_closed_watch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
