@@ -28,7 +28,7 @@ BELOW: dict[str, set[str]] = {  # room -> rooms it may import, besides the groun
     "record": {"nn", "graph", "cost", "table", "functional", "data", "prices"},
     "layer_cascade": {"nn", "cost", "functional", "graph"},
     # a deployed network as files: what the runtime runs, with the plan that it obeys
-    "deployed": {"runtime", "nn", "graph", "policies", "choose", "table"},
+    "deployed": {"runtime", "sparse", "nn", "graph", "policies", "choose", "table"},
     # which part of a network a device holds: a network's costs, or those that its table has
     "devices": {"nn", "prices", "table"},
     # one image in pictures: a network's answers, as the report draws them

@@ -3,7 +3,8 @@
     deployed.json               plan, heads' specs, form, shapes of the example inputs, fingerprint
     deployed-HASH.safetensors   ``backbone.*`` and ``heads.COLUMN.*``; of a budgeted plan nothing beyond its exit; of a
                                 network of several widths ``0.5/backbone.*`` for each that the plan names, as small as
-                                it is, and in the page how large its layers are
+                                it is, and in the page how large its layers are; of a masked one ``lams.*`` too, and
+                                in the page its masks' rule in the place of a plan
 
 The architecture stays the user's code: loading builds the network from it, cuts it again and runs nothing of the file.
 """
@@ -22,6 +23,7 @@ from offramp.errors import FileFormatError, HeadError, OfframpError
 from offramp.graph.channels import ChannelPlan
 from offramp.nn.attach import attach
 from offramp.nn.guest import fingerprint_of
+from offramp.nn.masked import mask_
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.output import read_logits
 from offramp.nn.shortcut import spec_from_json
@@ -31,35 +33,43 @@ from offramp.policies.thresholds import Thresholds
 from offramp.runtime import Adaptive, deploy
 from offramp.runtime.adaptive import Part
 from offramp.runtime.pieces import Piece, piece
+from offramp.sparse import Sparse
+from offramp.sparse import deploy as deploy_masked
 from offramp.table.files import read_json, read_tensors, write_tensors
 from offramp.types import Plan
 
 __all__ = ["load_deployed", "part", "rest", "save_deployed"]
 
-_FORMAT, _PLAIN, _WIDTHS = "offramp.deployed", 1, 2
+_FORMAT, _PLAIN, _WIDTHS, _MASKS = "offramp.deployed", 1, 2, 3
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
-def save_deployed(fast: Adaptive, folder: Path | str) -> Path:
+def save_deployed(fast: Adaptive | Sparse, folder: Path | str) -> Path:
     """Write a deployed network to a folder, whole or not at all; returns the page's path.
 
-    Heads of your own, made without a spec, are kept as weights; ``load_deployed`` then asks for the modules.
+    Of a masked one, ``masked.deploy()``, its masks' rule and its lambdas too. Heads of your own, made without a spec,
+    are kept as weights; ``load_deployed`` then asks for the modules.
     """
-    build, tensors = fast.build, _weights(fast)
+    tensors = _weights(fast)
     heads = {name: head.spec.to_json() if hasattr(head, "spec") else None  # type: ignore[union-attr, operator]
              for _, body, names in _bodies(fast) for name, head in zip(names, body[1:], strict=True)}
-    args, kwargs = fast.example
+    args, kwargs = fast.masked.net.traced.example() if isinstance(fast, Sparse) else fast.example
     examples: dict[str, Tensor] = {}
     inputs = {"args": [_describe(f"inputs.{i}", leaf, examples) for i, leaf in enumerate(args)],
               "kwargs": {name: _describe(f"inputs.{name}", leaf, examples) for name, leaf in kwargs.items()}}
-    page = {
-        "format": _FORMAT, "version": _WIDTHS if fast.parts else _PLAIN,
-        "plan": plan_to_json(fast.plan), "heads": heads, "inputs": inputs,
-        "form": {"dtype": str(build.dtype).removeprefix("torch.") if build.dtype else None,
-                 "channels_last": build.channels_last, "fold": build.fold},
-        "fingerprint": fingerprint_of(fast.body),
-        **({"widths": [part._asdict() for part in fast.parts]} if fast.parts else {}),
-    }
+    page: dict[str, Any] = {"format": _FORMAT, "heads": heads, "inputs": inputs}
+    if isinstance(fast, Sparse):
+        page |= {"version": _MASKS, "masks": fast.masked.rule, "form": {"dense_above": fast.dense_above},
+                 "fingerprint": fingerprint_of(fast.masked)}
+    else:
+        build = fast.build
+        page |= {
+            "version": _WIDTHS if fast.parts else _PLAIN, "plan": plan_to_json(fast.plan),
+            "form": {"dtype": str(build.dtype).removeprefix("torch.") if build.dtype else None,
+                     "channels_last": build.channels_last, "fold": build.fold},
+            "fingerprint": fingerprint_of(fast.body),
+            **({"widths": [part._asdict() for part in fast.parts]} if fast.parts else {}),
+        }
     path = Path(folder) / "deployed.json"
     write_tensors(path, page, {**tensors, **examples})
     return path
@@ -75,8 +85,8 @@ def load_deployed(
     example_inputs: Any = None,
     engine: Literal["eager", "compile"] = "eager",
     shrink: bool | Literal["auto"] = "auto",
-) -> Adaptive:
-    """A deployed network from its folder and the code of its architecture.
+) -> Adaptive | Sparse:
+    """A deployed network from its folder and the code of its architecture; a masked one is ready to run, too.
 
     model: the network that was cut, with any weights, or a function that makes it (``lambda: resnet50(weights=None)``).
         A module given is copied and left as found. Of a network of several widths: the plain one, before ``slim_``.
@@ -87,14 +97,13 @@ def load_deployed(
     FileFormatError where the file is damaged, from a later offramp, or of another architecture.
     """
     path = Path(folder) / "deployed.json"
-    page = read_json(path, format=_FORMAT, version=_WIDTHS)
+    page = read_json(path, format=_FORMAT, version=_MASKS)
     tensors = read_tensors(path, page)
     try:
-        plan = plan_from_json(page["plan"], str(path), known)
+        rule = page.get("masks")
+        plan = None if rule is not None else plan_from_json(page["plan"], str(path), known)
         specs = {name: None if spec is None else spec_from_json(spec) for name, spec in page["heads"].items()}
-        form, dtype = page["form"], page["form"]["dtype"]
-        form = {"dtype": None if dtype is None else _DTYPES[dtype], "channels_last": bool(form["channels_last"]),
-                "fold": bool(form["fold"])}
+        form = _form(page["form"], masked=plan is None)
         described = page["inputs"]
         args = tuple(_revive(f"inputs.{i}", one, tensors) for i, one in enumerate(described["args"]))
         kwargs = {name: _revive(f"inputs.{name}", one, tensors) for name, one in described["kwargs"].items()}
@@ -104,7 +113,7 @@ def load_deployed(
         raise FileFormatError(expected="a whole deployed.json", got=f"{path}: {error!r}", where="load_deployed()",
                               todo="save it again.") from error
     made = {**specs, **(heads or {})}
-    names = [name for part in parts for name in part.heads] if parts else plan.exits
+    names = [name for part in parts for name in part.heads] if parts else [*specs] if plan is None else plan.exits
     if lacking := [name for name in names if made.get(name) is None]:
         raise OfframpError(expected=f"the modules of the heads {', '.join(lacking)}", got="none", where="load_deployed",
                            todo="pass heads={column: module}; the file has their weights alone.")
@@ -118,16 +127,37 @@ def load_deployed(
         at: dict[str, dict[str, Any]] = {}
         for name in names:
             at.setdefault(name.partition("/")[0], {})[name.partition("/")[2]] = made[name]
-        net = attach(guest.eval(), example_inputs, exits=list(at), heads=at or None, logits=logits, task=plan.task,
-                     keep_costly=True)
-        fast = deploy(_Sized(net, parts, str(path)) if parts else net, replace(plan, fingerprints={}), engine=engine,
-                      shrink=shrink, **form)
-    fast.plan = plan
+        net = attach(guest.eval(), example_inputs, exits=list(at), heads=at or None, logits=logits,
+                     task="dense" if plan is None else plan.task, keep_costly=True)
+        fast: Any = _masked(net, rule, form, engine, str(path)) if plan is None else deploy(
+            _Sized(net, parts, str(path)) if parts else net, replace(plan, fingerprints={}), engine=engine,
+            shrink=shrink, **form)
+    if plan is not None:
+        fast.plan = plan
     _fill_(_weights(fast), {name: t for name, t in tensors.items() if not name.startswith("inputs.")}, path)
-    if fingerprint_of(fast.body) != page.get("fingerprint"):
+    if fingerprint_of(fast.masked if plan is None else fast.body) != page.get("fingerprint"):
         raise FileFormatError(expected="the architecture that was saved", got="other modules around the same weights",
                               where=str(path), todo="build the network with the code that it was saved with.")
-    return fast
+    return fast  # type: ignore[no-any-return]
+
+
+def _form(form: Mapping[str, Any], masked: bool) -> dict[str, Any]:
+    """How it was deployed."""
+    if masked:
+        return {"dense_above": float(form["dense_above"])}
+    dtype = form["dtype"]
+    return {"dtype": None if dtype is None else _DTYPES[dtype], "channels_last": bool(form["channels_last"]),
+            "fold": bool(form["fold"])}
+
+
+def _masked(net: MultiExit, rule: Any, form: Any, engine: Any, where: str) -> Sparse:
+    """A masked network whose lambdas and weights are to come."""
+    try:
+        masked = mask_(net, **{name: value for name, value in rule.items() if name != "enabled"})
+    except (TypeError, AttributeError) as error:
+        raise FileFormatError(expected="the rule of a mask", got=f"{rule!r}: {error}", where=where,
+                              todo="save it again.") from error
+    return deploy_masked(masked, engine=engine, **form)
 
 
 class _Sized(Slimmable):
@@ -174,7 +204,7 @@ def rest(net: MultiExit, after: str, *, upto: str | None = None) -> Piece:
     return piece(net, after=after, upto=upto)
 
 
-def _weights(fast: Adaptive) -> dict[str, Tensor]:
+def _weights(fast: Adaptive | Sparse) -> dict[str, Tensor]:
     """What a deployed network holds, each tensor once, under names that say whose it is."""
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, body, names in _bodies(fast):
@@ -182,11 +212,17 @@ def _weights(fast: Adaptive) -> dict[str, Tensor]:
             for name, tensor in module.state_dict(keep_vars=True).items():
                 if isinstance(tensor, Tensor):
                     found.setdefault(id(tensor), (f"{prefix}{whose}.{name}", tensor.detach()))
+    if isinstance(fast, Sparse):
+        found |= {id(lam): (f"lams.{name}", lam.detach()) for name, lam in fast.masked.lams.items()}
     return dict(found.values())
 
 
-def _bodies(fast: Adaptive) -> list[tuple[str, list[nn.Module], tuple[str, ...]]]:
+def _bodies(fast: Adaptive | Sparse) -> list[tuple[str, list[nn.Module], tuple[str, ...]]]:
     """Of each width: a prefix of its tensors' names, [its backbone, its heads ...], the names of these."""
+    if isinstance(fast, Sparse):
+        net = fast.masked.net
+        columns = tuple(column.name for column in net.columns[:-1])
+        return [("", [net.backbone, *map(net.head, columns)], columns)]
     bodies: Any = fast.body if len(fast.parts) > 1 else [fast.body]
     parts = [(f"{part.width:g}/", part.heads) for part in fast.parts] or [("", fast.plan.exits)]
     return [(prefix, list(body), tuple(names)) for body, (prefix, names) in zip(bodies, parts, strict=True)]

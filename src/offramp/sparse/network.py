@@ -75,9 +75,9 @@ class Sparse(Refining, nn.Module):
         super().__init__()
         self.dense_above, self.engine, self._make = dense_above, engine, runner
         self.pace, self.deadlines = Pace(), Deadlines()
-        rigs = {layer: layer._offramp_mask for layer in masked.net.modules() if isinstance(layer, MaskedLayer)}
-        self._masking: dict[nn.Module, Masking] = {
-            layer: Masking(float(masked.lams[rig.key]), rig.says) for layer, rig in rigs.items()}
+        self._rigs: dict[nn.Module, tuple[str, bool]] = {
+            layer: (layer._offramp_mask.key, layer._offramp_mask.says) for layer in masked.net.modules()
+            if isinstance(layer, MaskedLayer)}
         net = masked.eval().unmask_()
         self.masked = masked  # its layers are plain ones now; it still says where the network goes on
         _fold_first_(masked)
@@ -185,8 +185,10 @@ class Sparse(Refining, nn.Module):
                tuple(map(repr, state.values)), coarse.shape[2:])
         with self._lock:
             if key not in self._programs:
+                masking = {layer: Masking(float(self.masked.lams[lam].detach()), says)
+                           for layer, (lam, says) in self._rigs.items()}
                 with torch.inference_mode(False), torch.no_grad():
-                    self._programs[key] = lower(self.masked.net, self._masking, state, Level(*coarse.shape[2:])), []
+                    self._programs[key] = lower(self.masked.net, masking, state, Level(*coarse.shape[2:])), []
             self._programs.move_to_end(key)
             while len(self._programs) > _SIZES:
                 self._programs.popitem(last=False)
