@@ -39,8 +39,8 @@ class Mixed(nn.Module):
         y = torch.cat([a, F.interpolate(b, size=a.shape[-2:]), torch.cat([F.interpolate(
             c, size=a.shape[-2:], mode="bilinear", align_corners=True)], 1)], dim=1)
         z = F.dropout(self.mix(F.relu(self.norm(y))), training=self.training)
-        kept = z
-        z += x  # and so does kept
+        kept = z.detach()
+        z += x  # which kept sees too
         z = F.relu_(z)
         y = self.last(kept + z)
         if self.more is not None:
