@@ -58,6 +58,8 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=12)
     options.add_argument("--start", choices=("trained", "nothing"), default="trained", help="what the rows start from")
     options.add_argument("--lr", type=float, default=0.01)
+    options.add_argument("--radius", type=int, choices=(1, 3, 5), default=3,
+                         help="of boundaries, in pixels: 3 in the paper, on sides ten times as long")
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--repeats", type=int, default=9)
     options.add_argument("--device", default="cpu")

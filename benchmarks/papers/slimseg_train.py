@@ -89,7 +89,7 @@ def recipe(args: argparse.Namespace, net: nn.Module, seed: int, losses: str, tea
     crop = (high * 3 // 4 // 8 * 8, wide * 3 // 4 // 8 * 8)
     return offramp.recipes.slim(
         epochs=args.epochs, boundary=net.low_level if weights[0] else None, weights=weights, distill=teacher,
-        lr=args.lr, batch_size=8, seed=seed, augment_pair=scale_crop_flip(crop=crop))
+        radius=args.radius, lr=args.lr, batch_size=8, seed=seed, augment_pair=scale_crop_flip(crop=crop))
 
 
 def trained(args: argparse.Namespace, name: str, net: nn.Module, how: offramp.Recipe) -> dict[float, float]:
@@ -115,7 +115,7 @@ def slimmable(args: argparse.Namespace, seed: int, losses: str = "seg + b + g", 
     """All widths together (Algorithm 1)."""
     net = slimmed(args, seed)
     how = recipe(args, net.backbone, seed, losses, teacher)
-    return trained(args, f"slim-{losses.replace(' ', '')}-{teacher}-seed{seed}", net, how)
+    return trained(args, f"slim-{losses.replace(' ', '')}{_radius(args, losses)}-{teacher}-seed{seed}", net, how)
 
 
 def independent(args: argparse.Namespace, seed: int, width: float) -> float:
@@ -123,4 +123,8 @@ def independent(args: argparse.Namespace, seed: int, width: float) -> float:
     net = slimmed(args, seed)
     made = net.narrow(width)
     how = recipe(args, net.backbone, seed, "seg + b + g", None)
-    return trained(args, f"alone-{width:g}-seed{seed}", made, how)[1.0]
+    return trained(args, f"alone-{width:g}{_radius(args, 'seg + b + g')}-seed{seed}", made, how)[1.0]
+
+
+def _radius(args: argparse.Namespace, losses: str) -> str:
+    return f"-r{args.radius}" if any(LOSSES[losses]) and args.radius != 3 else ""
