@@ -1,5 +1,6 @@
 """record: what stands in the table is what the network says, sample by sample."""
 
+import copy
 import weakref
 from typing import Any
 
@@ -258,3 +259,23 @@ def test_a_masked_network_is_recorded_with_its_masks_on() -> None:
     alone = offramp.record(masked.unmask_(), batches(PICTURES, 2, truth), latency=False)
     assert dense.costs.path(range(3)).tolist() == alone.costs.path(range(3)).tolist()
     assert torch.equal(dense.confusion, alone.confusion)  # type: ignore[arg-type]
+
+
+def test_a_masked_network_beside_the_untouched_one() -> None:
+    masked, truth = masked_network(), torch.randint(0, 4, (3, 24, 20))
+    alone = offramp.record(masked, batches(PICTURES, 2, truth))
+    table = offramp.record(masked, batches(PICTURES, 2, truth), untouched=True)
+    plain = offramp.record(copy.deepcopy(masked).unmask_(), batches(PICTURES, 2, truth), latency=False)
+    assert table.names == ("stem", "body", "masked end", "final")
+    assert table.confusion is not None and alone.confusion is not None and plain.confusion is not None
+    assert torch.equal(table.confusion[:, :3], alone.confusion)
+    assert torch.equal(table.confusion[:, 3], plain.confusion[:, 2])
+    assert table.costs.macs == (*alone.costs.macs, plain.costs.macs[-1]) and not any(table.costs.head_macs)
+    assert table.costs.param_bytes[2:] == (plain.costs.param_bytes[-1],) * 2
+    assert table.agreement_confusion is not None and table.fingerprints["model"] == alone.fingerprints["model"]
+    with torch.no_grad():
+        theirs, ours = (said.argmax(1) for said in (masked.net(PICTURES)[-1], masked.eval()(PICTURES)[-1]))
+    same = table.agreement_confusion[:, 2].diagonal(dim1=1, dim2=2).sum(1)
+    assert same.tolist() == (theirs == ours).flatten(1).sum(1).tolist() != [480] * 3
+    budgeted = offramp.search(table, setting="budgeted", max_drop=0.999)
+    assert budgeted.exits == ("stem",) and budgeted.predicted["backbone_macs"] == plain.costs.macs[-1]

@@ -33,7 +33,10 @@ from offramp.prices import Inputs, price
 from offramp.table import Costs, ExitTable
 from offramp.types import CONFIDENCES, EDGED
 
-__all__ = ["record"]
+__all__ = ["MASKED_END", "model_fingerprint", "record"]
+
+MASKED_END = "masked end"
+"""The column of a masked network's own end, where the last one is the untouched network; no module has such a name."""
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
 _FEW = 16  # columns, up to which a dense table holds all that any policy may read
@@ -51,6 +54,7 @@ def record(
     confidences: Sequence[str] | None = None,
     agreement: bool | None = None,
     boundary_errors: bool = True,
+    untouched: bool = False,
     progress: bool = False,
 ) -> ExitTable:
     """Memoise every exit's answer on every sample of a split, and what each exit costs.
@@ -73,6 +77,9 @@ def record(
         read. Nothing: up to 16 columns. That each agrees with the backbone is always known.
     boundary_errors: dense with labels: whether the table says how far wrong pixels lie from the nearest semantic border
         (SlimSeg, Fig. 3): 0.15 us a labelled pixel on one core and 124 bytes a sample and exit.
+    untouched: of a masked network: whether it runs without masks too. The last column, which others are held against,
+        is then the network without masks and exits, and what it says with masks at its end the column before,
+        ``masked end``. Which of them costs more hangs on the masks.
 
     DataError names the sample and the exit where logits are NaN or infinite, and data that is empty or does not fit.
     """
@@ -81,7 +88,7 @@ def record(
     home = next((p.device for p in net.parameters()), torch.device("cpu"))
     target = torch.device(device) if device is not None else home
     options = dict(latency) if isinstance(latency, Mapping) else {}
-    run = _Run(net)
+    run = _Run(net, untouched)
     few = len(run.columns) <= _FEW
     kept = ((*CONFIDENCES, *EDGED) if few else ("top",)) if confidences is None else tuple(confidences)
     collected = _Collected(run, split, kept, few if agreement is None else agreement, boundary_errors)
@@ -101,46 +108,53 @@ def record(
     names = tuple(class_names) or tuple(getattr(dataset, "class_names", ()))
     source = getattr(dataset, "source", type(dataset).__name__ if dataset is not None else "data")
     return collected.table(
-        costs=costs, class_names=names if len(names) == run.exits.num_classes else (), model=run.fingerprint(),
-        source=str(source), meta={"machine": describe_machine(), "device": str(target)} | run.masks(),
+        costs=costs, class_names=names if len(names) == run.exits.num_classes else (), source=str(source),
+        model=model_fingerprint(net), meta={"machine": describe_machine(), "device": str(target)} | run.masks(),
     )
+
+
+def model_fingerprint(net: MultiExit | Slimmable | Masked) -> str:
+    """The ``model`` of a network's table. Masks are part of a masked network, and no part of its weights."""
+    if not isinstance(net, Masked):
+        return fingerprint_of(exits_of(net))
+    return hashlib.sha256(f"{fingerprint_of(net)}:{net.rule}".encode()).hexdigest()[:16]
 
 
 class _Run:
     """A network at each of its widths, the full one first, whose answer the others are held against."""
 
-    def __init__(self, net: MultiExit | Slimmable | Masked) -> None:
+    def __init__(self, net: MultiExit | Slimmable | Masked, untouched: bool = False) -> None:
         self.masked = net if isinstance(net, Masked) else None
         self.net = net.net if isinstance(net, Masked) else net
         self.exits = exits_of(self.net)
         self.widths = net.widths if isinstance(net, Slimmable) else (1.0,)
         self.columns = columns_at(self.exits.columns, self.widths)
+        self.untouched = untouched and self.masked is not None
+        if self.untouched:
+            *early, last = self.columns
+            self.columns = (*early, replace(last, name=MASKED_END, site=MASKED_END), last)
         self.macs: list[Tensor] = []
         """Of a masked network, (n, E) a batch."""
 
     def masks(self) -> dict[str, str]:
         return {} if self.masked is None else {"masks": self.masked.extra_repr()}
 
-    def fingerprint(self) -> str:
-        """Masks are part of a masked network, and no part of its weights."""
-        if self.masked is None:
-            return fingerprint_of(self.exits)
-        told = f"{fingerprint_of(self.masked)}:{self.masked.rule}"
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
-
     def said(self, width: float, batch: Inputs) -> tuple[Sequence[State | Tensor], Tensor]:
         """The state at each site (of a masked network its logits), and the logits of the end."""
+        masked: list[Tensor] = []
         if self.masked is not None:
             answers, macs = self.masked.counted(*batch.args, **batch.kwargs)
             self.macs.append(macs)
-            return answers.logits[:-1], answers.logits[-1]
+            masked = answers.logits
+            if not self.untouched:
+                return masked[:-1], masked[-1]
         with self.net.at(width) if isinstance(self.net, Slimmable) else nullcontext():
             state: Any = self.exits.begin(*batch.args, **batch.kwargs)
             states = []
             for stage in self.exits.stages[:-1]:
                 state = stage(state)
                 states.append(state)
-            return states, self.exits.logits(self.exits.stages[-1](state))
+            return masked or states, self.exits.logits(self.exits.stages[-1](state))
 
     def heads(self, width: float, states: Sequence[State | Tensor]) -> Iterator[Tensor]:
         """Early exits' logits, one at a time: no name here holds any while the next are made."""
@@ -227,7 +241,12 @@ class _Collected:
         if self.run.masked is None:
             return costs
         means = torch.cat(self.run.macs).double().mean(0).round()
-        return replace(costs, macs=tuple(map(int, means.tolist())), head_macs=(0,) * len(means))
+        macs = tuple(map(int, means.tolist()))
+        if not self.run.untouched:
+            return replace(costs, macs=macs, head_macs=(0,) * len(macs))
+        *_, last = range(len(macs))
+        return replace(costs.select([*range(len(macs)), last]), macs=(*macs, costs.macs[-1]),
+                       head_macs=(0,) * (len(macs) + 1))
 
     def _check(self, column: int, logits: Tensor, wanted: tuple[int, ...]) -> None:
         name = self.run.columns[column].name

@@ -43,7 +43,7 @@ def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(OfframpError, match="head_macs has 1 values; peak_bytes has 3 values"):
         Costs(macs=(1, 2), head_macs=(1,), param_bytes=(1, 2), head_param_bytes=(1, 2), peak_bytes=(1, 2, 3))
     with pytest.raises(OfframpError, match="fall with depth.*has a head"):
-        Costs(macs=(2, 1), head_macs=(1, 1), param_bytes=(1, 2), head_param_bytes=(1, 2), peak_bytes=(1, 2))
+        Costs(macs=(2, 1, 1), head_macs=(1, 1, 1), param_bytes=(1,) * 3, head_param_bytes=(1,) * 3, peak_bytes=(1,) * 3)
 
 
 def test_select_keeps_the_times_of_the_chosen() -> None:
