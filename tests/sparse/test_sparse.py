@@ -227,11 +227,12 @@ class Asked:
         return self.left < 0
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
 @torch.no_grad()
-def test_it_answers_step_by_step_until_it_is_stopped() -> None:
+def test_it_answers_step_by_step_until_it_is_stopped(runner: Any) -> None:
     net, x = mixed((25, 19), batch=2)
     masked = mask_(net, share=0.4)
-    fast, said, macs = deploy(masked), masked.answers(x), masked.macs(x).sum(0)
+    fast, said, macs = deploy(masked, runner=runner), masked.answers(x), masked.macs(x).sum(0)
     turns: list[Any] = list(fast.stepwise(((x,), {}), Asked(99)))
     assert [type(one).__name__ for one in turns] == ["Ahead", "Step"] * 4
     assert all(ahead.may_stop for ahead in turns[2::2]) and len({ahead.kind for ahead in turns[::2]}) == 4
