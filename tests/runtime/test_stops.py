@@ -289,6 +289,7 @@ def test_a_cancelled_task_gives_the_work_up(held: str) -> None:
     def wait() -> None:
         inside.set()
         assert go_on.wait(10)
+        time.sleep(0.1)
 
     before_(layer(fast, held), wait)
     seen: list[int] = []
@@ -305,6 +306,7 @@ def test_a_cancelled_task_gives_the_work_up(held: str) -> None:
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert not [one for one in threading.enumerate() if one.name == "offramp-anytime"], "its thread has ended"
 
     asyncio.run(main())
     assert ran[-1] == held, "nothing ran behind the layer under way"
