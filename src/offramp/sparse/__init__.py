@@ -2,5 +2,6 @@
 
 from offramp.sparse.network import Said, Sparse, deploy
 from offramp.sparse.plain import Plain, Runner
+from offramp.sparse.triton import Triton
 
-__all__ = ["Plain", "Runner", "Said", "Sparse", "deploy"]
+__all__ = ["Plain", "Runner", "Said", "Sparse", "Triton", "deploy"]

@@ -27,9 +27,10 @@ from offramp.runtime._direct import direct
 from offramp.runtime._legs import Build, Call, Engine, Legs
 from offramp.runtime.anytime import Refining
 from offramp.runtime.pace import Deadlines, Pace
-from offramp.sparse._walk import Walk, resized
+from offramp.sparse._walk import Walk, onward
 from offramp.sparse.lower import Lowered, Masking, Resizing, lower
 from offramp.sparse.plain import Plain, Runner
+from offramp.sparse.triton import Triton, suits
 from offramp.types import Ahead, Step, Stop
 
 __all__ = ["Said", "Sparse", "deploy"]
@@ -174,8 +175,8 @@ class Sparse(Refining, nn.Module):
                 if found is None:
                     return
                 with torch.inference_mode():
-                    said = Said(k, found, None if last else self.masked.goes_on(found, k) & resized(
-                        said.mask, found.shape[2:]), again)
+                    mask = None if last else onward(self.masked, found, k, said.mask)
+                    said = Said(k, found, mask, again)
                 yield said
 
     @contextmanager
@@ -218,7 +219,7 @@ class Sparse(Refining, nn.Module):
 
 def deploy(
     masked: Masked, *, engine: Engine = "eager",
-    runner: Literal["auto", "kernel", "plain"] = "auto", dense_above: float = 1.0,
+    runner: Literal["auto", "kernel", "triton", "plain"] = "auto", dense_above: float = 1.0,
 ) -> Sparse:
     """Make a module that runs a masked network at its active places alone; also ``masked.deploy()``.
 
@@ -226,8 +227,9 @@ def deploy(
     those of ``masked`` up to rounding.
 
     engine: "compile" gives what runs densely to ``torch.compile`` with frozen weights.
-    runner: "kernel" is the compiled one, for float32 on the CPU; "plain" runs everywhere, by PyTorch alone, and is
-        slower than no mask where much is active. "auto" takes the kernel where it can.
+    runner: "kernel" is the compiled one, for float32 on the CPU; "triton" is for CUDA devices, where Triton is
+        installed; "plain" runs everywhere, by PyTorch alone, and is slower than no mask where much is active. "auto"
+        takes one of the first two where it can.
     dense_above: share of active places above which an image runs densely (:attr:`Sparse.dense_above`); at 1, never.
 
     OfframpError where ``masked`` has a reach of its own, or is switched off; at the first call of a size, where a layer
@@ -238,18 +240,28 @@ def deploy(
         got = type(masked).__name__ if not isinstance(masked, Masked) else (
             f"reach {masked.reach!r}" if masked.enabled else "one that is switched off")
         raise OfframpError(expected="a network that mask_ made, enabled, of reach 'everywhere'", got=got, where=where)
-    if engine not in ("eager", "compile") or runner not in ("auto", "kernel", "plain"):
-        raise OfframpError(expected="engine 'eager' or 'compile', and runner 'auto', 'kernel' or 'plain'",
+    if engine not in ("eager", "compile") or runner not in ("auto", "kernel", "triton", "plain"):
+        raise OfframpError(expected="engine 'eager' or 'compile', and runner 'auto', 'kernel', 'triton' or 'plain'",
                            got=f"{engine!r} and {runner!r}", where=where)
-    make: dict[str, Callable[[Program], Runner]] = {"auto": _best, "kernel": _kernel.Kernel, "plain": Plain}
+    make: dict[str, Callable[[Program], Runner]] = {
+        "auto": _best, "kernel": _kernel.Kernel, "triton": _on_triton, "plain": Plain}
     return Sparse(copy.deepcopy(masked), engine=engine, runner=make[runner], dense_above=dense_above)
 
 
 def _best(program: Program) -> Runner:
-    """The kernel where it can."""
-    suits = all(op.weight.dtype == torch.float32 and op.weight.device.type == "cpu"
-                for part in program.segments for op in part.ops if isinstance(op, Conv))
-    return _kernel.Kernel(program) if suits and _kernel.available() and not _kernel.faults(program) else Plain(program)
+    """The kernel or Triton's where they can."""
+    fits = all(op.weight.dtype == torch.float32 and op.weight.device.type == "cpu"
+               for part in program.segments for op in part.ops if isinstance(op, Conv))
+    if fits and _kernel.available() and not _kernel.faults(program):
+        return _kernel.Kernel(program)
+    return Triton(program) if suits(program) else Plain(program)
+
+
+def _on_triton(program: Program) -> Runner:
+    if not suits(program):
+        raise OfframpError(expected="float32, bfloat16 or float16 on a CUDA device, and Triton installed",
+                           got="a program that is otherwise", where="deploy(runner='triton')", todo="runner='auto'")
+    return Triton(program)
 
 
 def _fold_first_(masked: Masked) -> None:

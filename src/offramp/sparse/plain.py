@@ -17,7 +17,7 @@ from offramp._kernel.ops import Conv, Level, Op, Pool, Program, Read, Resize, Su
 from offramp.errors import OfframpError
 from offramp.functional.masking import Band, band
 
-__all__ = ["Plain", "Runner"]
+__all__ = ["Plain", "Runner", "taps"]
 
 _AT_ONCE = 1 << 22  # values that are gathered at a time
 _packed: WeakKeyDictionary[Conv, Tensor] = WeakKeyDictionary()
@@ -168,8 +168,8 @@ class Plain:
         key = (level, source, how)
         if key not in self._taps:
             ours, theirs = self.program.levels[level], self.program.levels[source]
-            self._taps[key] = (_taps(ours.height, theirs.height, how, self._device),
-                               _taps(ours.width, theirs.width, how, self._device))
+            self._taps[key] = (taps(ours.height, theirs.height, how, self._device),
+                               taps(ours.width, theirs.width, how, self._device))
         return self._taps[key]
 
     def _once(self, key: Any, make: Any) -> Any:
@@ -271,7 +271,7 @@ _Taps = tuple[Tensor, Tensor, Tensor]
 """By place of an axis: the two places that it reads, and the second one's weight."""
 
 
-def _taps(goal: int, size: int, how: Resize, device: torch.device) -> _Taps:
+def taps(goal: int, size: int, how: Resize, device: torch.device) -> _Taps:
     """As ``torch.nn.functional.interpolate`` counts them, in float32."""
     if how.mode == "nearest":
         at = F.interpolate(torch.arange(size, dtype=torch.float32)[None, None], goal, mode="nearest")[0, 0].long()
