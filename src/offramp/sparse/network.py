@@ -27,7 +27,7 @@ from offramp.runtime._direct import direct
 from offramp.runtime._legs import Build, Call, Engine, Legs
 from offramp.runtime.anytime import Refining
 from offramp.runtime.pace import Deadlines, Pace
-from offramp.sparse._walk import Walk, resized
+from offramp.sparse._walk import Walk, onward
 from offramp.sparse.lower import Lowered, Masking, Resizing, lower
 from offramp.sparse.plain import Plain, Runner
 from offramp.sparse.triton import Triton, suits
@@ -175,8 +175,8 @@ class Sparse(Refining, nn.Module):
                 if found is None:
                     return
                 with torch.inference_mode():
-                    said = Said(k, found, None if last else self.masked.goes_on(found, k) & resized(
-                        said.mask, found.shape[2:]), again)
+                    mask = None if last else onward(self.masked, found, k, said.mask)
+                    said = Said(k, found, mask, again)
                 yield said
 
     @contextmanager
