@@ -5,6 +5,7 @@ from the device's memory. A segment, with the geometry of its mask, is one CUDA 
 """
 
 import importlib.util
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ _LANES = 4  # branches that overlap
 _POLL_S = 2e-5
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)
 _LONGEST = 2**31 - 1
+_capturing = threading.Lock()
 
 
 def suits(program: Program) -> bool:
@@ -41,8 +43,8 @@ class Triton:
 
     tf32: whether float32 is multiplied in TensorFloat-32; None: where ``torch.get_float32_matmul_precision()`` is
     another than "highest". Kernels are compiled when a segment first runs, which takes a minute or so where Triton's
-    cache has none of them. ``run`` returns before the device is done, except where it may be stopped: it then waits,
-    and what has not begun by the time that it is stopped finds nothing to do.
+    cache has none of them; from its second run on it is a graph. ``run`` returns before the device is done, except
+    where it may be stopped: it then waits, and what has not begun by the time that it is stopped finds nothing to do.
     """
 
     def __init__(self, program: Program, *, tf32: bool | None = None) -> None:
@@ -63,6 +65,7 @@ class Triton:
         self._where = Places(program, self._layout, self._device)
         self._ops = [self._launches(op, raw) for op, raw in zip(self._layout.ops, self._layout.raws, strict=True)]
         self._settled = False
+        self._compiled: set[int] = set()
         self._graphs: dict[int, Any] = {}
         self._last: Any = None
         self._lanes: list[Any] = []
@@ -102,25 +105,29 @@ class Triton:
     @torch.inference_mode()
     def run(self, segment: int, stop: Tensor | None = None, deadline_ns: int | None = None) -> bool:
         self._check()
-        first, last = self._layout.spans[segment]
-        if self._device.type != "cuda":
-            self._where.mark(segment)
-            for launches in self._ops[first:last]:
-                if _over(stop, deadline_ns):
-                    self._settled = False
-                    return False
-                for launch in launches:
-                    launch()
-            return True
         with self._here():
-            graph = self._graph(segment)
+            if segment in self._compiled:
+                done = not _over(stop, deadline_ns)
+                if done:
+                    self._graph(segment).replay()
+            else:
+                done = self._launched(segment, stop, deadline_ns)
+            if done and self._device.type == "cuda":
+                self._compiled.add(segment)
+                done = (stop is None and deadline_ns is None) or self._waited(stop, deadline_ns)
+        self._settled = done
+        return done
+
+    def _launched(self, segment: int, stop: Tensor | None, deadline_ns: int | None) -> bool:
+        """One by one, as without a device, and on one the first time, when kernels are compiled."""
+        self._where.mark(segment)
+        first, last = self._layout.spans[segment]
+        for launches in self._ops[first:last]:
             if _over(stop, deadline_ns):
-                self._settled = False
                 return False
-            graph.replay()
-            if stop is not None or deadline_ns is not None:
-                self._settled = self._waited(stop, deadline_ns)
-        return self._settled
+            for launch in launches:
+                launch()
+        return True
 
     def _picture(self, map_: int) -> Tensor:
         level = self.program.levels[self.program.maps[map_].level]
@@ -139,19 +146,10 @@ class Triton:
 
     def _graph(self, segment: int) -> Any:
         if segment not in self._graphs:
-            first, last = self._layout.spans[segment]
-            counts = self._where.counts.clone()
-            self._where.counts.zero_()  # kernels are compiled, and leave all maps as they are
-            for launches in self._ops[first:last]:
-                for launch in launches:
-                    launch()
-            self._where.mark(segment)
-            self._where.counts.copy_(counts)
-            torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _capturing, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._where.mark(segment)
-                self._branch(first, last)
+                self._branch(*self._layout.spans[segment])
             self._graphs[segment] = graph
         return self._graphs[segment]
 
