@@ -301,7 +301,7 @@ def lanes(needs: Sequence[Sequence[int]], first: int = 0) -> list[tuple[int, tup
     waits for on others.
 
     >>> lanes([(), (), (0,), (1, 2)])
-    [(0, ()), (1, ()), (0, ()), (1, (2,))]
+    [(0, ()), (1, ()), (0, ()), (0, (1,))]
     """
     ends, found = list[int](), dict[int, tuple[int, tuple[int, ...]]]()
     for i, before in enumerate(needs, first):
