@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 from offramp.choose.replay import replay
 from offramp.cli.folder import Run
+from offramp.cli.masks import Until, deployed, unmasked
 from offramp.cli.say import note
 from offramp.cost.latency import Timing, describe_machine, measure
+from offramp.errors import OfframpError
 from offramp.graph import begin, split
 from offramp.nn.guest import evaluating
+from offramp.nn.masked import Masked
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.slim import Slimmable
 from offramp.nn.widths import narrow_exits
 from offramp.runtime import Adaptive, deploy
-from offramp.table import write_atomic
+from offramp.table import ExitTable, write_atomic
+from offramp.types import Plan
 
 __all__ = ["CutAt", "bench_run"]
 
@@ -55,22 +59,10 @@ def bench_run(
     net, plan, table = run.net, run.plan(), run.table("test")
     where = torch.device(device or "cpu")
     net.to(where)
-    fast = deploy(net, plan, engine=engine, dtype=dtype).to(where)
-    mine = "adaptive" if plan.setting == "input_dependent" else plan.setting
-    columns = [*map(table.index, plan.exits), len(table.names) - 1]
-    spent = (float(replay(table, plan).macs.mean()) if plan.setting == "input_dependent"
-             else table.costs.price(columns, setting=plan.setting))
-    prices = {name: float(table.costs.path([e])[0]) for e, name in enumerate(table.names[:-1])}
-    nearest = min(prices, key=lambda name: abs(prices[name] - spent))
-    untouched = net.backbone if isinstance(net, MultiExit) else narrow_exits(net, 1.0).backbone
-    networks: dict[str, Callable[[Tensor], Any]] = {"untouched": untouched, mine: fast}
-    if plan.setting == "anytime":
-        networks[mine] = _until(fast, len(plan.exits))
-        networks |= {f"anytime: first {name}": _until(fast, k) for k, name in enumerate(plan.exits)}
-    spent_by = {"untouched": float(table.costs.macs[-1]), mine: spent}
-    if plan.setting != "budgeted":  # which is static itself
-        networks[f"static: cut at {nearest}"] = CutAt(net, nearest)
-        spent_by["static"] = prices[nearest]
+    if isinstance(net, Masked):
+        networks, spent_by = _masked(net, plan, table, engine, dtype, where)
+    else:
+        networks, spent_by = _adapted(net, plan, table, engine, dtype, where)
     data, rows, quiet_machine = run.source.split("test", labels=False), [], True
     static = [network for network in networks.values() if isinstance(network, nn.Module)]
     with evaluating(net, *static):
@@ -93,6 +85,44 @@ def bench_run(
     }
     write_atomic(run.path / "bench.json", json.dumps(page, indent=1) + "\n")
     return page
+
+
+def _adapted(net: MultiExit | Slimmable, plan: Plan, table: ExitTable, engine: Any, dtype: Any, where: torch.device
+             ) -> tuple[dict[str, Callable[[Tensor], Any]], dict[str, float]]:
+    """The networks to time, and what each spends on a sample."""
+    fast = deploy(net, plan, engine=engine, dtype=dtype).to(where)
+    mine = "adaptive" if plan.setting == "input_dependent" else plan.setting
+    columns = [*map(table.index, plan.exits), len(table.names) - 1]
+    spent = (float(replay(table, plan).macs.mean()) if plan.setting == "input_dependent"
+             else table.costs.price(columns, setting=plan.setting))
+    prices = {name: float(table.costs.path([e])[0]) for e, name in enumerate(table.names[:-1])}
+    nearest = min(prices, key=lambda name: abs(prices[name] - spent))
+    untouched = net.backbone if isinstance(net, MultiExit) else narrow_exits(net, 1.0).backbone
+    networks: dict[str, Callable[[Tensor], Any]] = {"untouched": untouched, mine: fast}
+    if plan.setting == "anytime":
+        networks[mine] = _until(fast, len(plan.exits))
+        networks |= {f"anytime: first {name}": _until(fast, k) for k, name in enumerate(plan.exits)}
+    spent_by = {"untouched": float(table.costs.macs[-1]), mine: spent}
+    if plan.setting != "budgeted":  # which is static itself
+        networks[f"static: cut at {nearest}"] = CutAt(net, nearest)
+        spent_by["static"] = prices[nearest]
+    return networks, spent_by
+
+
+def _masked(net: Masked, plan: Plan, table: ExitTable, engine: Any, dtype: Any, where: torch.device
+            ) -> tuple[dict[str, Callable[[Tensor], Any]], dict[str, float]]:
+    """The network without masks, the masked one up to the plan's exit, and up to each before."""
+    if dtype not in (None, "fp32"):
+        raise OfframpError(expected="--dtype fp32 for a masked network", got=dtype, where="--dtype",
+                           todo="leave it out: the kernel computes in fp32.")
+    fast, names = deployed(net, plan, engine=engine, device=where)
+    networks: dict[str, Callable[[Tensor], Any]] = {"untouched": unmasked(net).backbone}
+    spent_by = {"untouched": float(table.costs.macs[-1])}
+    if isinstance(fast, Until):
+        networks["masked"] = fast
+        networks |= {f"masked: first {name}": Until(fast.fast, k) for k, name in enumerate(names[:-1])}
+        spent_by["masked"] = float(table.costs.macs[table.index(names[-1])])
+    return networks, spent_by
 
 
 def _inputs(data: Any, batch: int, turns: int, where: torch.device) -> list[Tensor]:

@@ -9,28 +9,32 @@ from offramp.cli.say import fail
 
 __all__ = [
     "Again", "Against", "BatchSize", "Batches", "Boundary", "Confidence", "Confidences", "Data", "Device", "Epochs",
-    "Exits", "Folder", "HeadKind", "Keep", "LatencyBatch", "MaxDrop", "MaxExits", "Minimise", "Model", "Out",
-    "Precision", "Rate", "RecipeName", "Seed", "Tolerance", "TrainSplit", "Widths", "Within", "read_confidences",
-    "read_numbers", "read_options", "read_widths", "refuse_beside",
+    "Exits", "Folder", "HeadKind", "Keep", "LatencyBatch", "Mask", "MaskFrom", "MaxDrop", "MaxExits", "Minimise",
+    "Model", "Out", "Precision", "Rate", "RecipeName", "Seed", "Threshold", "Tolerance", "TrainSplit", "Widths",
+    "Within", "read_confidences", "read_mask", "read_numbers", "read_options", "read_widths", "refuse_beside",
 ]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The network; see below.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 Data = Annotated[str, typer.Option("--data", metavar="DATA", help="The data; see below.")]
 Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to make or go on with.")]
-Exits = Annotated[str, typer.Option(help="How many exits, or the names of their sites, with commas; 0, of a network "
-                                    "with widths, for none but its end.")]
+Exits = Annotated[str, typer.Option(help="How many exits, or the names of their sites, with commas; ends, for those "
+                                    "that the network names itself (offramp:hrnet_w18); 0, of a network with widths, "
+                                    "for none but its end.")]
 Within = Annotated[str | None, typer.Option(help="Cut this submodule instead of the whole network.")]
 HeadKind = Annotated[str, typer.Option("--heads", help="small (new layers, sized by the site), shortcut (the network's "
                                        "own tail, most blocks left out; stronger on residual networks) or mess (dense "
-                                       "networks: 64 candidates a site, for the search to choose from).")]
+                                       "networks: 64 candidates a site, for the search to choose from). redesigned, "
+                                       "or redesigned:CHANNELS, is for networks with masks: an earlier exit sees more "
+                                       "around.")]
 RecipeName = Annotated[str | None, typer.Option(
     "--recipe", help="label_free (no labels, frozen network), unless given. All others need labels, and --epochs but "
                      "for joint and eenet: joint, eenet (deeper exits weigh more, and teach in the end), exit_aware "
                      "(one exit a step) and final_only (no exit) train the whole network, which is kept as "
                      "RUN/backbone.safetensors; mess, frozen, kd and self_distill train exits on a frozen one, mess "
                      "best on that of exit_aware. slim, the one of --widths, trains the network at all of them, then "
-                     "exits on what each width says.")]
+                     "exits on what each width says. anytime, the one of --mask, trains a dense network and all exits, "
+                     "masks on.")]
 Widths = Annotated[str | None, typer.Option(metavar="SHARES", help="Make the network slimmable: the shares of its "
                                             "channels that it can run with, such as 0.25,0.5,0.75,1.")]
 Keep = Annotated[list[str] | None, typer.Option(metavar="PREFIX", help="With --widths: keep the layers whose names "
@@ -38,6 +42,10 @@ Keep = Annotated[list[str] | None, typer.Option(metavar="PREFIX", help="With --w
 Boundary = Annotated[str | None, typer.Option(metavar="MODULE", help="Recipe slim, dense networks: while training, "
                                               "tell classes' boundaries from this module's output, of a ResNet layer1.")
                      ]
+Mask = Annotated[str | None, typer.Option(metavar="CONFIDENCE", help="Dense networks: go on only at pixels of which "
+                                          "the exit before is not sure by top, margin or entropy.")]
+Threshold = Annotated[float | None, typer.Option(help="With --mask: how sure settles a pixel; 0.998 for top.")]
+MaskFrom = Annotated[int | None, typer.Option(metavar="EPOCH", min=0, help="With --mask: train without masks before.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the data; for label_free, joint and eenet the "
                                             "recipe's own unless given.")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate; the recipe's own unless given.")]
@@ -108,6 +116,20 @@ def read_widths(text: str | None) -> list[float]:
     if len(found) < 2 or found[0] <= 0 or found[-1] != 1:
         fail(f"--widths: expected 1 and smaller shares, such as 0.25,0.5,0.75,1, but got {text!r}.")
     return found
+
+
+def read_mask(confidence: str | None, threshold: float | None, mask_from: int | None) -> dict[str, Any]:
+    """The rule of the masks; nothing where there are none."""
+    if confidence is None:
+        flags = {"--threshold": threshold, "--mask-from": mask_from}
+        if given := [flag for flag, value in flags.items() if value is not None]:
+            fail(f"{', '.join(given)}: expected with --mask, such as --mask top.")
+        return {}
+    if confidence not in ("top", "margin", "entropy"):
+        fail(f"--mask: expected top, margin or entropy, but got {confidence!r}.")
+    if threshold is None and confidence != "top":
+        fail(f"--mask {confidence}: expected --threshold, from which on a pixel is settled, but got none.")
+    return {"confidence": confidence, "threshold": 0.998 if threshold is None else threshold}
 
 
 def read_numbers(text: str, mark: str, flag: str) -> list[int]:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from offramp.choose.plan import load_plan
+from offramp.cli.masks import masked, to_its_end
 from offramp.cli.widths import packed, slimmed
 from offramp.data import Source, load_data
 from offramp.errors import FileFormatError, OfframpError
 from offramp.models import load_model
 from offramp.nn.attach import attach
 from offramp.nn.guest import fingerprint_of
+from offramp.nn.masked import Masked
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.shortcut import spec_from_json
 from offramp.nn.slim import Slimmable
@@ -36,7 +38,7 @@ from offramp.table import ExitTable, write_atomic
 from offramp.table.files import read_json
 from offramp.types import Plan
 
-__all__ = ["Manifest", "Run", "example", "probe"]
+__all__ = ["Manifest", "Run", "example", "inside", "probe"]
 
 _FORMAT, _VERSION = "offramp.run", 1
 
@@ -60,6 +62,8 @@ class Manifest:
     """Rising, 1.0 the last; none of a network that is not slimmable."""
     keep: list[str] = field(default_factory=list)
     """How the names of layers begin that stay at full width."""
+    mask: dict[str, Any] = field(default_factory=dict)
+    """Which pixels an exit settles, as ``mask_`` takes it; empty of a network without masks."""
     recipe: dict[str, Any] = field(default_factory=dict)
     backbone: str = ""
     """Fingerprint of the untouched network."""
@@ -106,10 +110,11 @@ class Run:
 
     @cached_property
     def backbone(self) -> nn.Module:
-        """The user's network, which must be the one that the run was made with."""
-        model = load_model(self.manifest.model)
-        guest = model.get_submodule(self.manifest.within) if self.manifest.within else model
-        if self.manifest.backbone and fingerprint_of(guest) != self.manifest.backbone:
+        """The user's network: the one that the run was made with, unless the run holds all weights itself."""
+        made, model = self.manifest, load_model(self.manifest.model)
+        guest = model.get_submodule(made.within) if made.within else model
+        kept = made.whole and made.trained
+        if made.backbone and not kept and fingerprint_of(guest) != made.backbone:
             raise OfframpError(
                 expected=f"the network that this run was made with ({self.manifest.backbone})",
                 got=f"other weights ({fingerprint_of(guest)})", where=self.manifest.model,
@@ -117,28 +122,32 @@ class Run:
             )
         return model
 
-    def attach(self, exits: Any = None, heads: Any = None) -> MultiExit | Slimmable:
-        """The network with untrained exits, those of the manifest or new ones; slimmable where it has widths."""
+    def attach(self, exits: Any = None, heads: Any = None) -> MultiExit | Slimmable | Masked:
+        """The network with untrained exits, those of the manifest or new ones; slimmable or masked where it is."""
         made, restored = self.manifest, exits is None
         if restored:
             exits = made.exits
             heads = {site: {name: spec_from_json(spec) for name, spec in each.items()}
                      for site, each in made.heads.items()}
-        # what is made slimmable is a copy: the network that the run was made with is asked for again
-        guest, inputs = copy.deepcopy(self.backbone) if made.widths else self.backbone, example(made.shape)
+        # what is made slimmable or masked is a copy: the network that the run was made with is asked for again
+        changed = made.widths or made.mask
+        guest, inputs = copy.deepcopy(self.backbone) if changed else self.backbone, example(made.shape)
         torch.manual_seed(0)  # initial heads are part of what a seed promises
-        net = attach(guest, inputs, exits=exits, heads=heads, within=made.within, keep_costly=restored)
+        net = attach(guest, inputs, exits=exits, heads=heads, within=made.within,
+                     keep_costly=restored or bool(made.mask))  # what masks save pays for exits
         net.notes = tuple(made.notes) if restored else net.notes
+        if made.mask:
+            return masked(net, made.mask, None if restored else inputs[:1])
         return slimmed(net, made.widths, made.keep) if made.widths else net
 
     @property
     def exits(self) -> MultiExit:
-        """The network with its trained exits, of several widths at the one that is set."""
-        return exits_of(self.net)
+        """The network with its trained exits, of several widths at the one that is set, of a masked one as it is."""
+        return inside(self.net)
 
     @cached_property
-    def net(self) -> MultiExit | Slimmable:
-        """The network with its trained exits, at all its widths."""
+    def net(self) -> MultiExit | Slimmable | Masked:
+        """The network with its trained exits, at all its widths, or with its masks."""
         if not self.manifest.trained:
             raise OfframpError(expected="trained exits", got="none yet", where=str(self.path),
                                todo="run offramp train again with the same arguments; it goes on where it stopped.")
@@ -147,22 +156,22 @@ class Run:
         path = self.path / ("network.safetensors" if whole else "heads.safetensors")
         tensors = read_tensors(path)
         try:
-            (net if whole else exits_of(net).heads).load_state_dict(tensors)
+            (net if whole else inside(net).heads).load_state_dict(tensors)
         except RuntimeError as error:
             raise FileFormatError(expected="the heads of this run", got=f"others: {str(error).splitlines()[0]}",
                                   where=str(path), todo="train again with --again.") from error
         return net.eval()
 
-    def keep(self, net: MultiExit | Slimmable) -> None:
+    def keep(self, net: MultiExit | Slimmable | Masked) -> None:
         """Save trained exits, and the network where it was trained too."""
         whole = self.manifest.whole
-        trained = (net if whole else exits_of(net).heads).state_dict()
+        trained = (net if whole else inside(net).heads).state_dict()
         write_atomic(self.path / ("network.safetensors" if whole else "heads.safetensors"), packed(trained))
         if whole:
             alone = self.backbone.state_dict()
-            if isinstance(net, Slimmable):  # made of a copy; tensors of other widths have other names
+            if not isinstance(net, MultiExit):  # made of a copy; tensors of other widths have other names
                 prefix = f"{self.manifest.within}." if self.manifest.within else ""
-                own = {f"{prefix}{name}": t for name, t in exits_of(net).backbone.state_dict().items()}
+                own = {f"{prefix}{name}": t for name, t in inside(net).backbone.state_dict().items()}
                 alone = {name: own.get(name, tensor) for name, tensor in alone.items()}
             write_atomic(self.path / "backbone.safetensors", packed(alone))
 
@@ -175,8 +184,10 @@ class Run:
         return ExitTable.load(page)
 
     def plan(self) -> Plan:
-        """The plan that was searched."""
+        """The plan that was searched; of a masked network without one, to its end."""
         page = self.path / "plan.json"
+        if self.manifest.mask and not page.is_file():
+            return to_its_end()
         if not page.is_file():
             raise OfframpError(expected="a plan", got=f"no {page}", where="offramp",
                                todo=f"search one: offramp search {self.path} --max-drop 0.01")
@@ -186,6 +197,11 @@ class Run:
         """Measured clocks; empty where none were taken."""
         page = self.path / "bench.json"
         return read_json(page, format="offramp.bench", version=1) if page.is_file() else {}
+
+
+def inside(net: MultiExit | Slimmable | Masked) -> MultiExit:
+    """The network that can be stepped through."""
+    return net.net if isinstance(net, Masked) else exits_of(net)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from offramp.functional.metrics import accuracy, confusion, mean_iou
 from offramp.models import load_model
 from offramp.nn.boundary import running_at
 from offramp.nn.guest import evaluating
-from offramp.nn.multiexit import columns_at
+from offramp.nn.masked import Masked
 from offramp.nn.output import read_logits
 from offramp.report import DenseExample, Point, Report, gather, render, write
 from offramp.report.curve import TOLERANCES
@@ -44,7 +44,7 @@ def report_run(
                     about=about, tolerances=tolerances)
     maps = dense_examples(run, report, split, examples) if table.task == "dense" else []
     walks = []
-    if maps and plan.setting == "anytime":  # all exits speak, and when is what such a plan is about
+    if maps and (made.mask or plan.setting == "anytime"):  # all exits speak, and when is what this is about
         walks = walks_of(run, split, {i: f"#{i}" for i in (*report.last, *report.first)[:2]}, quiet=quiet)
     page = write(out or run.path / "report.html",
                  render(report, dataset=split, dense=maps, walks=walks, title="offramp report"))
@@ -62,16 +62,18 @@ def dense_examples(run: Run, report: Report, split: Any, count: int) -> list[Den
     columns, found = [*report.realised.columns], []
     net = run.net
     exits, widths = run.exits, run.manifest.widths or [1.0]
-    strides = [column.stride for column in columns_at(exits.columns, widths)]
+    strides = [column.stride for column in report.test.columns]
     with evaluating(net):
         for i in wanted:
             sample = split[i]
             image, label = sample if isinstance(sample, tuple | list) else (sample, None)
             said: list[Tensor] = []
             ends: dict[float, Tensor] = {}
+            if isinstance(net, Masked):
+                said += net.answers(image[None]).logits
             for width in widths:
                 with running_at(width, net):
-                    said += exits(image[None])
+                    said += exits(image[None])[-1:] if isinstance(net, Masked) else exits(image[None])
                 ends[width] = said[-1].argmax(1)[0]
             probs = torch.cat([said[c].float().softmax(1) for c in columns])
             labels, sure = probs.argmax(1), probs.amax(1)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from offramp.cli.folder import Run
+from offramp.cli.masks import Until, deployed
 from offramp.cli.say import Steps
 from offramp.cli.walks import require_dense, walks_of, write_walks
 from offramp.data import FileSplit
@@ -24,7 +25,7 @@ from offramp.data.files import IMAGE_SUFFIXES, UNREADABLE, image_files
 from offramp.errors import DataError
 from offramp.nn.output import read_logits
 from offramp.report.pictures import Bytes, colours
-from offramp.runtime import Adaptive, deploy
+from offramp.runtime import Adaptive
 from offramp.table import write_atomic
 
 __all__ = ["images_of", "predict_run"]
@@ -69,9 +70,8 @@ def predict_run(
         require_dense(run)
     data, net, exits_net, plan = images_of(paths, run), run.net, run.exits, run.plan()
     where = torch.device(device or "cpu")
-    fast = deploy(net.to(where), plan, engine=engine).to(where)
+    fast, exits = deployed(net, plan, engine=engine, device=where)
     names, dense = run.source.class_names, exits_net.task == "dense"
-    exits = [*plan.exits, "final"]
     folder = out if not out.suffix else out.parent
     pictures = _picture_names(data, folder) if dense else []
     palette = colours(exits_net.num_classes, run.source.palette)
@@ -88,7 +88,7 @@ def predict_run(
         indices = [i for i, _ in good]
         answered += indices
         images = torch.stack([image for _, image in good]).to(where)
-        if deadline_ms is not None and plan.setting == "anytime" and not rows:
+        if deadline_ms is not None and (plan.setting == "anytime" or isinstance(fast, Until)) and not rows:
             fast.calibrate(images)  # a deadline is kept by what is known of the clock
         output, left, timed = _answers(fast, images, deadline_ms)
         logits = read_logits(output).float().cpu()
@@ -141,12 +141,14 @@ class _Readable(Dataset[Any]):
             return index, error.got
 
 
-def _answers(fast: Adaptive, images: Tensor, deadline_ms: float | None) -> tuple[Any, list[int], dict[str, Any]]:
+def _answers(fast: Adaptive | Until, images: Tensor, deadline_ms: float | None
+             ) -> tuple[Any, list[int], dict[str, Any]]:
     """The output, each row's exit, and where time is bounded what is said of it."""
-    if deadline_ms is None:
+    if deadline_ms is None and isinstance(fast, Adaptive):
         return fast(images), fast.last_exits.tolist(), {}
     last = fast.predict(images, deadline_ms=deadline_ms)
-    return last.output, last.exits.tolist(), {"ms": round(last.elapsed_ms, 3), "late": last.late}
+    timed = {"ms": round(last.elapsed_ms, 3), "late": last.late}
+    return last.output, last.exits.tolist(), {} if deadline_ms is None else timed
 
 
 def _picture_names(data: FileSplit, folder: Path) -> list[str]:

@@ -21,6 +21,8 @@ from offramp.cli.flags import (
     HeadKind,
     Keep,
     LatencyBatch,
+    Mask,
+    MaskFrom,
     MaxDrop,
     MaxExits,
     Minimise,
@@ -30,11 +32,13 @@ from offramp.cli.flags import (
     Rate,
     RecipeName,
     Seed,
+    Threshold,
     Tolerance,
     TrainSplit,
     Widths,
     Within,
     read_confidences,
+    read_mask,
     read_numbers,
     read_options,
     read_widths,
@@ -105,20 +109,23 @@ def train(
     model: Model, data: Data, out: Out, exits: Exits = "4", heads: HeadKind = "small",
     recipe: RecipeName = None, epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
     train_split: TrainSplit = None, within: Within = None, widths: Widths = None, keep: Keep = None,
-    boundary: Boundary = None, device: Device = None, precision: Precision = None,
-    again: Again = False, as_json: Json = False, debug: Debug = False,
+    boundary: Boundary = None, mask: Mask = None, threshold: Threshold = None, mask_from: MaskFrom = None,
+    device: Device = None, precision: Precision = None, again: Again = False, as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Cut a network, hang exits on the cuts and train them; makes the run folder. Goes on after a stop.
 
     With --widths the network learns to run with a share of its channels, too: [b]offramp train MODEL --data DATA --out
-    run --widths 0.25,0.5,1 --epochs 20[/b].
+    run --widths 0.25,0.5,1 --epochs 20[/b]. With --mask it goes on only at pixels of which it is not sure:
+    [b]--mask top --exits ends --heads redesigned --epochs 20[/b] for offramp:hrnet_w18_small?num_classes=11 on scenes.
     """
     run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, widths, keep, boundary,
-                 device, precision, again, as_json)
+                 (mask, threshold, mask_from), device, precision, again, as_json)
     made = run.manifest
     words = [f"exits at {', '.join(made.exits)}"] if made.exits else []
     words += [f"widths {', '.join(f'{width:g}' for width in made.widths)}"] if made.widths else []
-    result({"run": str(out), "exits": made.exits, "widths": made.widths},
+    words += [f"masks by {made.mask['confidence']} from {made.mask['threshold']:g}"] if made.mask else []
+    result({"run": str(out), "exits": made.exits, "widths": made.widths, "mask": made.mask},
            f"{out}: {'; '.join(words)}\nnext: offramp record {out}", as_json=as_json)
 
 
@@ -150,8 +157,9 @@ def search(
                                                                 "other goal for quality is set.")] = None,
     minimise: Minimise = "macs", tolerance: Tolerance = "auto", confidence: Confidence = "top",
     max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1,
-    setting: Annotated[str, typer.Option(help="input_dependent, budgeted (a static sub-model with one exit) or "
-                                         "anytime (exits that refine until a deadline).")] = "input_dependent",
+    setting: Annotated[str | None, typer.Option(help="input_dependent, budgeted (a static sub-model with one exit) or "
+                                                "anytime (exits that refine until a deadline); input_dependent unless "
+                                                "given, and of a network with masks budgeted.")] = None,
     min_miou: Annotated[float | None, typer.Option(help="Least mIoU, a fraction.")] = None,
     max_macs: Annotated[float | None, typer.Option(help="Most MACs a sample.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Most milliseconds a sample.")] = None,
@@ -173,6 +181,7 @@ def search(
     [b]offramp search run --max-drop 0.01 --guarantee 0.95[/b].
     """
     from offramp.cli.folder import Run
+    from offramp.cli.masks import setting_of
     from offramp.cli.work import front_run, search_run
 
     if by is not None or budget is not None or guarantee is not None:
@@ -180,7 +189,7 @@ def search(
 
         refuse_beside({
             "--tolerance": tolerance != "auto", "--confidence": confidence != "top", "--max-exits": max_exits,
-            "--setting": setting != "input_dependent", "--min-miou": min_miou, "--max-macs": max_macs,
+            "--setting": setting, "--min-miou": min_miou, "--max-macs": max_macs,
             "--max-latency-ms": max_latency_ms, "--max-bytes": max_bytes, "--front": front,
             "--minimise": minimise not in ("macs", "latency_ms")})
         read_options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
@@ -189,19 +198,18 @@ def search(
             batch=latency_batch, against=against, command=command_line(), quiet=as_json), as_json)
         return
     options = read_options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
-    options |= {"setting": setting, "min_miou": min_miou, "max_macs": max_macs, "max_latency_ms": max_latency_ms,
-                "max_bytes": max_bytes, "time_limit_s": time_limit}
-    if setting not in ("input_dependent", "budgeted", "anytime"):
-        fail(f"--setting: expected input_dependent, budgeted, anytime, but got {setting!r}.")
+    opened = Run.open(run)
+    options |= {"setting": setting_of(opened.manifest.mask, setting), "min_miou": min_miou, "max_macs": max_macs,
+                "max_latency_ms": max_latency_ms, "max_bytes": max_bytes, "time_limit_s": time_limit}
     if front:
-        plans = front_run(Run.open(run), options=options, quiet=as_json)
+        plans = front_run(opened, options=options, quiet=as_json)
         lines = [f"{float(one.predicted[minimise]):12.6g} {minimise}  quality "
                  f"{float(one.predicted['quality_asked']):.4f}  {', '.join(one.exits) or 'no exit'}" for one in plans]
         result({"run": str(run), "front": [{"exits": one.exits, "predicted": one.predicted,
                                             "certificate": one.certificate} for one in plans]}, "\n".join(lines),
                as_json=as_json)
         return
-    _searched(run, search_run(Run.open(run), options=options, command=command_line(), quiet=as_json), as_json)
+    _searched(run, search_run(opened, options=options, command=command_line(), quiet=as_json), as_json)
 
 
 @app.command(epilog="offramp compare run --by stopping,eenet,msdnet --budgets 0.5x,0.6x,0.8x")
@@ -230,7 +238,7 @@ def adapt(
     model: Model, data: Data, out: Out, max_drop: MaxDrop = 0.01, exits: Exits = "4", heads: HeadKind = "small",
     recipe: RecipeName = None, epochs: Epochs = None, lr: Rate = None, seed: Seed = 0,
     train_split: TrainSplit = None, within: Within = None, widths: Widths = None, keep: Keep = None,
-    boundary: Boundary = None,
+    boundary: Boundary = None, mask: Mask = None, threshold: Threshold = None, mask_from: MaskFrom = None,
     minimise: Minimise = "macs", tolerance: Tolerance = "auto", confidence: Confidence = "top",
     max_exits: MaxExits = None, against: Against = "auto", latency_batch: LatencyBatch = 1, batches: Batches = "1",
     batch_size: BatchSize = 32, confidences: Confidences = None, device: Device = None, precision: Precision = None,
@@ -240,9 +248,10 @@ def adapt(
     from offramp.cli.work import record_run, search_run
 
     options = read_options(max_drop, minimise, tolerance, confidence, max_exits, against, latency_batch)
+    options |= {"setting": "budgeted"} if mask else {}
     kept = read_confidences(confidences, "--confidences")
     run = _train(model, data, out, exits, heads, recipe, epochs, lr, seed, train_split, within, widths, keep, boundary,
-                 device, precision, again, as_json)
+                 (mask, threshold, mask_from), device, precision, again, as_json)
     splits = [one for one in ("calibration", "test") if one in run.source.splits]
     record_run(run, splits, batches=read_numbers(batches, ",", "--batches"), batch_size=batch_size, confidences=kept,
                device=device, quiet=as_json)
@@ -358,18 +367,20 @@ def demo(
 def _train(
     model: str, data: str, out: Path, exits: str, heads: str, recipe: str | None, epochs: int | None, lr: float | None,
     seed: int, train_split: str | None, within: str | None, widths: str | None, keep: list[str] | None,
-    boundary: str | None, device: str | None, precision: str | None, again: bool, quiet: bool,
+    boundary: str | None, mask: tuple[str | None, float | None, int | None], device: str | None,
+    precision: str | None, again: bool, quiet: bool,
 ) -> "Run":
     from offramp.cli.work import make_recipe, start, train_run
 
     if precision not in (None, "bf16"):
         fail(f"--precision: expected bf16 or nothing, but got {precision!r}.")
     places: Any = int(exits) if exits.isdigit() else [one.strip() for one in exits.split(",")]
-    shares = read_widths(widths)
-    made = make_recipe(recipe or ("slim" if shares else "label_free"), epochs=epochs, lr=lr, seed=seed,
-                       boundary=boundary, exits=places if isinstance(places, int) else len(places))
+    shares, rule = read_widths(widths), read_mask(*mask)
+    habit = "slim" if shares else "anytime" if rule else "label_free"
+    made = make_recipe(recipe or habit, epochs=epochs, lr=lr, seed=seed, boundary=boundary, mask_from=mask[2],
+                       exits=places if isinstance(places, int) else len(places))
     run = start(out, model=model, data=data, exits=places, heads=heads, within=within, recipe=made, again=again,
-                command=command_line(), widths=shares, keep=keep or ())
+                command=command_line(), widths=shares, keep=keep or (), mask=rule)
     train_run(run, made, split=train_split, device=device, precision=precision, quiet=quiet)
     return run
 

@@ -10,19 +10,20 @@ from offramp._specs import near
 from offramp.choose.calibrate import calibrate
 from offramp.choose.plan import save_plan
 from offramp.choose.search import search, search_front
-from offramp.cli.folder import Manifest, Run, example, probe
+from offramp.cli.folder import Manifest, Run, example, inside, probe
+from offramp.cli.masks import own_ends, redesigned_heads
 from offramp.cli.say import Settled, Steps, note
 from offramp.cli.widths import train_widths
 from offramp.data import Source, Split, load_data
 from offramp.errors import OfframpError
 from offramp.models import load_model
 from offramp.nn.guest import fingerprint_of
+from offramp.nn.masked import Masked
 from offramp.nn.mess import mess_space
 from offramp.nn.overview import overview
 from offramp.nn.shortcut import ShortcutSpec
 from offramp.nn.slim import Slimmable
-from offramp.nn.widths import exits_of
-from offramp.record import record
+from offramp.record import model_fingerprint, record
 from offramp.table import ExitTable
 from offramp.train import recipes
 from offramp.train.history import History
@@ -35,7 +36,7 @@ __all__ = ["front_run", "make_recipe", "open_model", "record_run", "search_run",
 HEADS: dict[str, Any] = {"small": None, "shortcut": ShortcutSpec(share=0.2), "mess": mess_space()}
 RECIPES: dict[str, Callable[..., Recipe]] = {one.__name__: one for one in (
     recipes.label_free, recipes.joint, recipes.exit_aware, recipes.mess, recipes.final_only, recipes.frozen, recipes.kd,
-    recipes.self_distill, recipes.eenet, recipes.slim)}
+    recipes.self_distill, recipes.eenet, recipes.slim, recipes.anytime)}
 _HABITS = ("label_free", "joint", "eenet")
 
 
@@ -50,6 +51,9 @@ def make_recipe(name: str, *, exits: int = 0, **options: Any) -> Recipe:
     if options.get("boundary") is not None and name != "slim":
         raise OfframpError(expected="--boundary with --recipe slim", got=f"--recipe {name}", where="--boundary",
                            todo="leave it out: other recipes train no boundaries.")
+    if options.get("mask_from") is not None and name != "anytime":
+        raise OfframpError(expected="--mask-from with --recipe anytime", got=f"--recipe {name}", where="--mask-from",
+                           todo="leave it out: other recipes train without masks.")
     if name == "eenet":
         options["exits"] = exits + 1  # the final one counts
     return RECIPES[name](**{k: v for k, v in options.items() if v is not None})
@@ -82,22 +86,27 @@ def open_model(model: str, data: Source, split: str) -> tuple[Any, list[int]]:
 def start(
     out: Path, *, model: str, data: str, exits: int | Sequence[str], heads: str, within: str | None, recipe: Recipe,
     again: bool, command: str, widths: Sequence[float] = (), keep: Sequence[str] = (),
+    mask: Mapping[str, Any] | None = None,
 ) -> Run:
     """A run folder with its network cut; an existing one when it was begun with the same arguments."""
     _check_widths(exits, heads, recipe, widths, keep)
-    if heads not in HEADS:
-        raise OfframpError(expected=f"heads among {', '.join(HEADS)}", got=repr(heads), where="--heads",
-                           todo=near(heads, HEADS))
+    rule = dict(mask or {})
+    if rule and widths:
+        raise OfframpError(expected="--mask or --widths", got="both", where="--mask", todo="choose one of them.")
+    kind = heads.partition(":")[0]
+    if heads not in HEADS and kind != "redesigned":
+        raise OfframpError(expected=f"heads among {', '.join(HEADS)} and redesigned", got=repr(heads), where="--heads",
+                           todo=near(heads, [*HEADS, "redesigned"]))
     if (out / "run.json").is_file() and not again:
         run = Run.open(out)
         made = run.manifest
         theirs = {"MODEL": made.model, "--data": made.data, "--within": made.within, "--recipe": made.recipe,
-                  "--widths": made.widths, "--keep": made.keep}
+                  "--widths": made.widths, "--keep": made.keep, "--mask": made.mask}
         ours = {"MODEL": model, "--data": data, "--within": within, "--recipe": recipe.to_json(),
-                "--widths": [*widths], "--keep": [*keep]}
+                "--widths": [*widths], "--keep": [*keep], "--mask": rule}
         other = [f"{name} {theirs[name]!r}" for name in ours if theirs[name] != ours[name]]
         count = exits if isinstance(exits, int) else len(exits)
-        if len(made.exits) != count:
+        if exits != ["ends"] and len(made.exits) != count:
             other.append(f"{len(made.exits)} exits")
         if other:
             raise OfframpError(expected=f"a run folder begun with these arguments at {out}",
@@ -105,17 +114,24 @@ def start(
                                todo="choose another --out, or give --again to begin anew.")
         return run
     source = load_data(data)
+    if getattr(source.split(source.splits[0], labels=False), "says", "classes") != "classes":
+        raise OfframpError(expected="data with classes", got="data with heatmaps", where="--data",
+                           todo="poses are learnt in Python: fit(net, data, recipes.anytime(says='heatmaps', ...)) "
+                                "on offramp.mask_(net, confidence='value'), and measured by split.pckh(points).")
     network, shape = open_model(model, source, source.splits[0])
+    exits = own_ends(network, model) if exits == ["ends"] else exits
+    made_heads = HEADS.get(heads) or (
+        redesigned_heads(heads, network, example(shape), exits, within) if kind == "redesigned" else None)
     if again:
         for old in ("plan.json", "bench.json", "report.html", *(f"tables/{one}.json" for one in source.splits),
                     "train/checkpoint.safetensors", "train/exits/checkpoint.safetensors"):
             (out / old).unlink(missing_ok=True)
     run = Run(out, Manifest(model=model, data=data, shape=shape, within=within, recipe=recipe.to_json(),
-                            whole=not recipe.freeze, widths=[*widths], keep=[*keep]))
+                            whole=not recipe.freeze, widths=[*widths], keep=[*keep], mask=rule))
     run.__dict__["backbone"], run.__dict__["source"] = network, source
     guest = network.get_submodule(within) if within else network
     run.manifest.backbone = fingerprint_of(guest)
-    net = exits_of(run.attach(exits, HEADS[heads]))
+    net = inside(run.attach(exits, made_heads))
     run.manifest.exits, run.manifest.notes = [site.name for site in net.sites], list(net.notes)
     for site in net.sites:
         columns = [column for column in net.columns if column.site == site.name]
@@ -151,7 +167,7 @@ def train_run(
         note(f"exits of {run.path} are trained already")
         return None
     net = run.attach()
-    exits = exits_of(net)
+    exits = inside(net)
     data = training_split(run.source, recipe, split)
     if not quiet:
         if any(column.head for column in exits.columns):  # several candidates a site
@@ -163,8 +179,9 @@ def train_run(
     how: Any = {"device": device, "precision": precision, "progress": not quiet}
     if isinstance(net, Slimmable):
         history = train_widths(run, net, recipe, data, **how)
-    else:
-        history = fit(net, data, recipe, run_dir=run.path / "train", **how)
+    else:  # masks go on afterwards where a recipe knows none
+        plain = isinstance(net, Masked) and recipe.anytime is None
+        history = fit(inside(net) if plain else net, data, recipe, run_dir=run.path / "train", **how)
     run.keep(net)
     run.manifest.trained = True
     run.save()
@@ -184,14 +201,15 @@ def record_run(
         if page.is_file() and not again:
             table = ExitTable.load(page)
             lacking = table.task == "dense" and not set(confidences or ()) <= set(table.histograms)
-            if table.fingerprints["model"] == fingerprint_of(run.exits) and not lacking:
+            if table.fingerprints["model"] == model_fingerprint(run.net) and not lacking:
                 tables[name] = table
                 continue
         split = run.source.split(name)
         words = f"recording {len(split)} images of {name}"
         loader = Steps(DataLoader(split, batch_size=batch_size), words, quiet=quiet)
         tables[name] = record(run.net, loader, split=name, device=device, class_names=run.source.class_names,
-                              confidences=confidences, latency={"batches": tuple(batches)} if latency else False)
+                              confidences=confidences, untouched=True,
+                              latency={"batches": tuple(batches)} if latency else False)
         tables[name].save(page)
     return tables
 

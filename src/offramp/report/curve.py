@@ -52,6 +52,8 @@ class Curve:
     """Static networks that the exits and widths give: cut at one exit, or a narrower end, for every sample alike."""
     static: tuple[Point, ...] = ()
     """Other static networks, measured elsewhere on the same split."""
+    masked: bool = False
+    """Whether ``cut`` are exits with masks on: means over images, and not static."""
 
     @property
     def clocked(self) -> bool:
@@ -90,12 +92,14 @@ def curve(
     return Curve(
         quality=quality.name, plans=tuple(sorted(points.values(), key=lambda one: one.macs)),
         chosen=_point("this plan", test, mine), backbone=backbone, cut=cut, static=tuple(static),
+        masked="masks" in test.meta,
     )
 
 
 def static_at(curve: Curve, macs: float) -> float | None:
     """Quality of the best mixture of static networks that costs ``macs``: their upper hull; None below all of them."""
-    points = sorted((one.macs, one.quality) for one in (*curve.cut, *curve.static, curve.backbone))
+    cut = () if curve.masked else curve.cut
+    points = sorted((one.macs, one.quality) for one in (*cut, *curve.static, curve.backbone))
     best = None
     for i, (x0, y0) in enumerate(points):
         if x0 <= macs:

@@ -68,8 +68,9 @@ def draw_curve(curve: Curve) -> str:
         chart.dot(one.macs, one.quality, "blue",
                   f"tolerance {one.name} points: {percent(one.quality, 2)} at {macs(one.macs)} MACs", 3)
     for one in curve.cut:
-        words = f"width {one.width:g}, whole" if is_end(one.name) else f"cut at {one.name}"
-        chart.dot(one.macs, one.quality, "hollow", f"static, {words}: {percent(one.quality, 2)}", 4.5)
+        words = f"static, width {one.width:g}, whole" if is_end(one.name) else f"static, cut at {one.name}"
+        words = f"with masks, up to {one.name}" if curve.masked else words
+        chart.dot(one.macs, one.quality, "hollow", f"{words}: {percent(one.quality, 2)}", 4.5)
         if is_end(one.name):
             chart.text(one.macs, one.quality, f"width {one.width:g}", dx=9, dy=13, style="note soft")
     for one in curve.static:
@@ -84,7 +85,8 @@ def draw_curve(curve: Curve) -> str:
     chart.text(mine.macs, mine.quality, "this plan", dx=dx, dy=dy, anchor=anchor)
     items = [("plans at rising tolerance, with 95 % bootstrap interval", "var(--blue)"), ("this plan", "var(--orange)"),
              ("untouched network", "var(--ink)"),
-             ("static: the network cut at one exit" if len(widths) == 1 else
+             ("with masks, up to one exit" if curve.masked else
+              "static: the network cut at one exit" if len(widths) == 1 else
               "static: one width, whole or cut at one exit", "var(--grey)")]
     if curve.static:
         items.append(("static: other networks", "var(--green)"))

@@ -29,7 +29,7 @@ from offramp.report.measures import (
     widths_of,
 )
 from offramp.report.pictures import DenseExample
-from offramp.report.sections import about, costs, headline, maps, samples, section, speaking
+from offramp.report.sections import about, costs, headline, maps, masked, samples, section, speaking
 from offramp.report.walk import Walk
 from offramp.report.walks import SAY, draw_walks
 from offramp.table import ExitTable, write_atomic
@@ -131,7 +131,8 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
         "Accuracy against cost",
         f"Each blue point is a plan searched on <b>{escape(report.fitted.table.split)}</b> at one tolerance and obeyed "
         f"on <b>{escape(report.test.split)}</b>; exits, heads and thresholds are chosen anew for each. "
-        + ("Grey are static networks, which treat every sample alike: a full line through the ends of the widths, a "
+        + ("Grey is the network with masks up to each exit, at the mean of what that costs." if report.curve.masked else
+           "Grey are static networks, which treat every sample alike: a full line through the ends of the widths, a "
            "dashed one through each width's exits; a coin that picks one of two gives any point between them."
            if len(widths_of(report.test)) > 1 else
            "The dashed grey line joins static networks, which treat every sample alike; a coin that picks one gives "
@@ -144,7 +145,7 @@ def render(report: Report, *, dataset: Any = None, dense: Sequence[DenseExample]
             (f"realised ({report.test.split})", report.realised)]) + "</div>"))
     if plan.setting == "anytime":
         parts.append(speaking(report))
-    parts.append(costs(report))
+    parts += [costs(report), masked(report)]
     if is_dense and report.curve.backbone.classes:
         parts.append(section(
             "Class by class, goal by goal",

@@ -13,10 +13,10 @@ from offramp.report.svg import macs, percent
 if TYPE_CHECKING:
     from offramp.report.page import Report
 
-__all__ = ["about", "costs", "headline", "maps", "samples", "section", "speaking"]
+__all__ = ["about", "costs", "headline", "maps", "masked", "samples", "section", "speaking"]
 
 
-_MINE = ("adaptive", "budgeted", "anytime")
+_MINE = ("adaptive", "budgeted", "anytime", "masked")
 """What bench calls the deployed network."""
 
 
@@ -166,6 +166,23 @@ def speaking(report: "Report") -> str:
     head = "".join(f'<th class="n">{escape(words)}</th>' for words in (report.quality, "MACs", "after"))
     body = f'<div class="scroll"><table><tr><th>exit</th>{head}</tr>{lines}</table></div>'
     return section("Ever better answers", say, body)
+
+
+def masked(report: "Report") -> str:
+    """Of a masked network: what each exit says of all samples, and what that costs in the mean; else nothing."""
+    if not report.curve.masked:
+        return ""
+    untouched = report.curve.backbone
+    lines = "".join(
+        f'<tr><td>{escape(one.name)}</td><td class="n">{percent(one.quality, 2)}</td>'
+        f'<td class="n">{macs(one.macs)}</td><td class="n">{percent(one.macs / untouched.macs)}</td></tr>'
+        for one in (*report.curve.cut, untouched))
+    head = "".join(f'<th class="n">{escape(words)}</th>' for words in (report.quality, "MACs", "of the untouched"))
+    say = ("Each exit settles the pixels that it is sure of, and what follows runs at the others alone: "
+           f"{escape(str(report.test.meta['masks']))}. MACs are means over the samples, to the exit's answer, "
+           "earlier exits counted.")
+    body = f'<div class="scroll"><table><tr><th>up to</th>{head}</tr>{lines}</table></div>'
+    return section("With masks, exit by exit", say, body)
 
 
 def _share(value: object) -> str:
