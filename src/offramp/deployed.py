@@ -144,7 +144,8 @@ def load_deployed(
 def _form(form: Mapping[str, Any], masked: bool) -> dict[str, Any]:
     """How it was deployed."""
     if masked:
-        return {"dense_above": float(form["dense_above"])}
+        above = form["dense_above"]  # "measured" is so again by the machine that loads it
+        return {"dense_above": above if above == "measured" else float(above)}
     dtype = form["dtype"]
     return {"dtype": None if dtype is None else _DTYPES[dtype], "channels_last": bool(form["channels_last"]),
             "fold": bool(form["fold"])}

@@ -12,7 +12,7 @@ from offramp.sparse.lower import Lowered
 from offramp.sparse.plain import Runner
 from offramp.types import Stop
 
-__all__ = ["Walk", "onward", "resized"]
+__all__ = ["Walk", "hand_over", "onward", "resized"]
 
 Dense = Callable[[int, State, fx.GraphModule | None], tuple[State | None, Tensor]]
 
@@ -23,8 +23,9 @@ class Walk:
     An image that runs sparsely does so to the end, for masks only shrink.
     """
 
-    def __init__(self, lowered: Lowered, lend: Callable[[], Runner], dense: Dense, state: State, above: float) -> None:
-        """dense: runs a stage on all places; of images whose mask is denser than ``above``."""
+    def __init__(self, lowered: Lowered, lend: Callable[[], Runner], dense: Dense, state: State, above: Sequence[float]
+                 ) -> None:
+        """dense: runs a stage on all places; of images whose mask is denser than ``above`` of that stage."""
         self._lowered, self._lend, self._dense, self._above = lowered, lend, dense, above
         self._state: State | None = state
         self._mask: Tensor | None = None
@@ -76,22 +77,26 @@ class Walk:
         if not self.rows or state is None:
             return
         shares = mask.flatten(1).float().mean(1).tolist()
-        stay = [n for n in self.rows if shares[n] > self._above]
+        stay = [n for n in self.rows if shares[n] > self._above[k - 1]]
         if stay and len(stay) < len(self.rows) and state.why_not:
             stay = []  # the network would run another program for fewer rows
         for i, n in enumerate(self.rows):
             if n not in stay and shares[n] > 0:
                 self._runners[n] = runner = self._lend()
-                for earlier in range(k - 1):  # a runner goes through all segments; with nothing active that costs none
-                    runner.settle(torch.zeros_like(mask[n, 0]))
-                    runner.run(earlier)
-                tensors = (*state.tensors, *state.carried)
-                for map_, tensor in zip(self._lowered.frontiers[k - 1], tensors, strict=True):
-                    if map_ is not None:
-                        runner.write(map_, tensor[i])
+                hand_over(self._lowered, runner, k, state, i, mask[n, 0])
         if len(stay) < len(self.rows):
             left = torch.tensor([self.rows.index(n) for n in stay], device=mask.device)
             self._state, self.rows = state.select(left) if stay else None, stay
+
+
+def hand_over(lowered: Lowered, runner: Runner, k: int, state: State, row: int, like: Tensor) -> None:
+    """Make a runner go on from exit k - 1 with one row of a state; ``like`` a mask."""
+    for earlier in range(k - 1):  # a runner goes through all segments; with nothing active that costs none
+        runner.settle(torch.zeros_like(like))
+        runner.run(earlier)
+    for map_, tensor in zip(lowered.frontiers[k - 1], (*state.tensors, *state.carried), strict=True):
+        if map_ is not None:
+            runner.write(map_, tensor[row])
 
 
 def onward(masked: Masked, coarse: Tensor, k: int, before: Tensor) -> Tensor:

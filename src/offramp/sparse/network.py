@@ -4,7 +4,7 @@ import copy
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,8 @@ from offramp.runtime._direct import direct
 from offramp.runtime._legs import Build, Call, Engine, Legs
 from offramp.runtime.anytime import Refining
 from offramp.runtime.pace import Deadlines, Pace
-from offramp.sparse._walk import Walk, onward
+from offramp.sparse._walk import Walk, hand_over, onward
+from offramp.sparse.crossover import Crossover, Stages, find, keep, kept, key_of
 from offramp.sparse.lower import Lowered, Masking, Resizing, lower
 from offramp.sparse.plain import Plain, Runner
 from offramp.sparse.triton import Triton, suits
@@ -66,12 +67,13 @@ class Sparse(Refining, nn.Module):
     up to the first exit runs densely, for the whole batch; after it images go one by one.
     """
 
-    dense_above: float
+    dense_above: float | Literal["measured"]
     """Share of active places above which a stage runs densely. What it computes at settled places is then real, not
-    interpolated, so that its active places see better neighbours than the masked network's; settled logits stay."""
+    interpolated, so that its active places see better neighbours than the masked network's; settled logits stay.
+    ``measured``: of each stage its own, as ``fast.measure`` found it; of sizes that were never measured none."""
 
     def __init__(self, masked: Masked, *, engine: Engine, runner: Callable[[Program], Runner],
-                 dense_above: float) -> None:
+                 dense_above: float | Literal["measured"]) -> None:
         """masked: to keep."""
         super().__init__()
         self.dense_above, self.engine, self._make = dense_above, engine, runner
@@ -88,6 +90,7 @@ class Sparse(Refining, nn.Module):
         self._stages = [stage.compiled(_compiled if engine == "compile" else direct) for stage in net.stages]
         self._answer = form_of(net.traced.output, net.logits(net.traced.output))
         self._programs: OrderedDict[Any, tuple[Lowered, list[Runner]]] = OrderedDict()
+        self._crossovers: dict[Any, Crossover] = {}  # by size, as programs are
         self._lock = threading.RLock()
         self.eval()
 
@@ -134,6 +137,29 @@ class Sparse(Refining, nn.Module):
                 torch.cuda.synchronize(said.coarse.device)
             yield Step(output, said.exit, torch.full((len(said.coarse),), said.exit))
 
+    def measure(self, *args: Any, budget_s: float = 10.0, again: bool = False, **kwargs: Any) -> Crossover:
+        """From which share of active places on each stage is faster densely, for inputs of this size, one at a time.
+
+        Read from the user's cache folder where this machine has measured such a program under these settings before,
+        and not ``again``; else timed for about ``budget_s`` under made masks, bands along edges and blobs, and written
+        there. Calls obey it where ``dense_above`` is "measured". No call but this, and ``deploy`` for the example's
+        size, ever measures.
+        """
+        state, coarse, _ = self._first(args, kwargs)
+        if len(coarse) > 1:
+            state, coarse = state.select(torch.tensor([0], device=coarse.device)), coarse[:1]
+        with self._lent(state, coarse) as (lowered, lend):
+            runner = lend()
+            how = {"engine": self.engine, "runner": type(runner).__name__, "isa": _kernel.isa()}
+            key = key_of(lowered.program, **how)
+            found = None if again else kept(key)
+            if found is None:
+                found = find(self._both_ways(state, coarse, lowered, runner), budget_s=budget_s)
+                if found.quiet:
+                    keep(key, found, how)
+            self._crossovers[_size_of(state, coarse)] = found
+        return found
+
     def sure(self, output: Any) -> Tensor:
         """The probability of the likeliest class, of each pixel (n, H, W)."""
         return top(self.masked.net.logits(output))
@@ -165,7 +191,7 @@ class Sparse(Refining, nn.Module):
             said = Said(0, coarse, self.masked.goes_on(coarse, 0), resize)
         yield said
         with self._lent(state, coarse) as (lowered, lend):
-            walk = Walk(lowered, lend, self._dense, state, self.dense_above)
+            walk = Walk(lowered, lend, self._dense, state, self._above(state, coarse))
             for k, again in enumerate(lowered.resizes, 1):
                 last = k == len(self._heads)
                 assert said.mask is not None
@@ -182,8 +208,7 @@ class Sparse(Refining, nn.Module):
     @contextmanager
     def _lent(self, state: State, coarse: Tensor) -> Iterator[tuple[Lowered, Callable[[], Runner]]]:
         """The program of these inputs, and a function that lends one runner of it after another."""
-        key = (state.program, tuple(t.shape[1:] for t in (*state.tensors, *state.carried)),
-               tuple(map(repr, state.values)), coarse.shape[2:])
+        key = _size_of(state, coarse)
         with self._lock:
             if key not in self._programs:
                 masking = {layer: Masking(float(self.masked.lams[lam].detach()), says)
@@ -207,6 +232,41 @@ class Sparse(Refining, nn.Module):
             with self._lock:
                 idle += lent[: max(0, _IDLE - len(idle))]
 
+    def _above(self, state: State, coarse: Tensor) -> Sequence[float]:
+        """Of each stage after the first exit."""
+        if self.dense_above != "measured":
+            return (self.dense_above,) * len(self._heads)
+        found = self._crossovers.get(_size_of(state, coarse))
+        return (1.0,) * len(self._heads) if found is None else found.above
+
+    @torch.inference_mode()
+    def _both_ways(self, state: State | None, coarse: Tensor, lowered: Lowered, runner: Runner) -> Stages:
+        """Each stage on all places and under a mask, with what it takes to go over to that."""
+        found: list[tuple[Callable[[], Any], Callable[[Tensor], Any], tuple[int, int]]] = []
+        size = (coarse.shape[2], coarse.shape[3])
+        for k, at in enumerate(lowered.logits, 1):
+            assert state is not None
+            after, said = self._dense(k, state, lowered.end)
+            out = said[0].clone(memory_format=torch.preserve_format)
+
+            def under(mask: Tensor, k: int = k, at: int = at, state: State = state, out: Tensor = out) -> None:
+                mask = mask.to(out.device)
+                hand_over(lowered, runner, k, state, 0, mask)
+                runner.settle(mask)
+                runner.run(k - 1)
+                runner.read_active(at, out)
+                if out.is_cuda:
+                    torch.cuda.synchronize(out.device)
+
+            def densely(k: int = k, state: State = state, out: Tensor = out) -> None:
+                self._dense(k, state, lowered.end)
+                if out.is_cuda:
+                    torch.cuda.synchronize(out.device)
+
+            found.append((densely, under, size))
+            state = after
+        return found
+
     def _dense(self, k: int, state: State, end: fx.GraphModule | None) -> tuple[State | None, Tensor]:
         """Stage k on all places: the state after it, and its exit's logits as they are carried over."""
         if k < len(self._heads):
@@ -219,7 +279,8 @@ class Sparse(Refining, nn.Module):
 
 def deploy(
     masked: Masked, *, engine: Engine = "eager",
-    runner: Literal["auto", "kernel", "triton", "plain"] = "auto", dense_above: float = 1.0,
+    runner: Literal["auto", "kernel", "triton", "plain"] = "auto",
+    dense_above: float | Literal["measured"] = 1.0,
 ) -> Sparse:
     """Make a module that runs a masked network at its active places alone; also ``masked.deploy()``.
 
@@ -230,7 +291,9 @@ def deploy(
     runner: "kernel" is the compiled one, for float32 on the CPU; "triton" is for CUDA devices, where Triton is
         installed; "plain" runs everywhere, by PyTorch alone, and is slower than no mask where much is active. "auto"
         takes one of the first two where it can.
-    dense_above: share of active places above which an image runs densely (:attr:`Sparse.dense_above`); at 1, never.
+    dense_above: share of active places above which an image runs densely (:attr:`Sparse.dense_above`); at 1, never, and
+        answers are the same on all machines. "measured": where this machine is faster so, by stage; that is measured
+        here for inputs of the example's size, for up to ten seconds, once a machine (:meth:`Sparse.measure`).
 
     OfframpError where ``masked`` has a reach of its own, or is switched off; at the first call of a size, where a layer
     after the first exit cannot run so, with all of these.
@@ -245,7 +308,17 @@ def deploy(
                            got=f"{engine!r} and {runner!r}", where=where)
     make: dict[str, Callable[[Program], Runner]] = {
         "auto": _best, "kernel": _kernel.Kernel, "triton": _on_triton, "plain": Plain}
-    return Sparse(copy.deepcopy(masked), engine=engine, runner=make[runner], dense_above=dense_above)
+    fast = Sparse(copy.deepcopy(masked), engine=engine, runner=make[runner], dense_above=dense_above)
+    if dense_above == "measured":
+        args, kwargs = masked.net.traced.example()
+        fast.measure(*args, **kwargs)
+    return fast
+
+
+def _size_of(state: State, coarse: Tensor) -> Any:
+    """Equal where one program serves."""
+    return (state.program, tuple(t.shape[1:] for t in (*state.tensors, *state.carried)),
+            tuple(map(repr, state.values)), coarse.shape[2:])
 
 
 def _best(program: Program) -> Runner:
