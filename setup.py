@@ -9,7 +9,7 @@ KERNEL = "src/offramp/_kernel"
 
 setup(ext_modules=[Extension(
     "offramp._kernel._native",
-    sources=[f"{KERNEL}/{name}.cpp" for name in ("kernel", "geometry", "portable", "avx2", "avx512")],
+    sources=[f"{KERNEL}/{name}.cpp" for name in ("kernel", "geometry", "portable", "avx2", "avx512", "avx512_bf16")],
     depends=[f"{KERNEL}/{name}.hpp" for name in ("kernel", "body", "vector", "conv", "sum")],
     language="c++",
     extra_compile_args=["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"],

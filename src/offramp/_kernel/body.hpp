@@ -1,4 +1,5 @@
-// What each instruction set compiles for itself; it says LANES, PLACES(vectors), MOST, STEP, PATH and NAME before.
+// What each instruction set compiles for itself; it says LANES, PLACES(vectors), MOST, STEP, PATH and NAME before,
+// and BF16 where its maps hold bfloat16.
 //
 // Everything has internal linkage and nothing comes from the standard library: a function shared between the sets could
 // be taken by the linker from the wrong one.
@@ -18,7 +19,8 @@ int64_t tasks(const Op& op, int phase) {
     return parts * chunks(op.region->level->active.count);
 }
 
-void task(const Op& op, int phase, int64_t number, float* raw) {
+void task(const Op& op, int phase, int64_t number, void* saved) {
+    Real* raw = static_cast<Real*>(saved);
     if (phase) halo(op, number, raw);
     else if (op.kind == CONV) convolve(op, number, raw);
     else if (op.kind == DEPTHWISE) depthwise(op, number, raw);
@@ -29,6 +31,6 @@ void task(const Op& op, int phase, int64_t number, float* raw) {
 }  // namespace
 
 extern const Path PATH;
-const Path PATH = {NAME, LANES, MOST, STEP, tasks, task};
+const Path PATH = {NAME, LANES, MOST, STEP, PAIR, tasks, task};
 
 }  // namespace offramp

@@ -1,29 +1,29 @@
 // Convolutions at active places. See body.hpp.
 
 // Folded batch norm, residual and ReLU of one vector of channels at one place.
-inline void finish(const Conv& c, float* out, const float* residual, int count, V value) {
+inline void finish(const Conv& c, Real* out, const Real* residual, int count, V value) {
     if (residual) value += load_upto(residual, count);
     store_upto(out, c.relu ? relu(value) : value, count);
 }
 
 // Where the first tap of an output place lies in the input.
-inline const float* first_tap(const Conv& c, uint32_t place) {
-    return c.source.at + (row_of(place) * c.stride[0] - c.padding[0]) * c.source.row +
+inline const Real* first_tap(const Conv& c, uint32_t place) {
+    return static_cast<const Real*>(c.source.at) + (row_of(place) * c.stride[0] - c.padding[0]) * c.source.row +
            (column_of(place) * c.stride[1] - c.padding[1]) * c.source.step;
 }
 
 struct Chunk {
     const uint32_t* places;
     const uint8_t* saves;
-    float* raw;                  // of the first place; null: none is saved
-    int64_t count, row;          // floats from one place's raw copy to the next
+    Real* raw;                   // of the first place; null: none is saved
+    int64_t count, row;          // values from one place's raw copy to the next
 };
 
-inline float* raw_of(const Chunk& chunk, int64_t number) {
+inline Real* raw_of(const Chunk& chunk, int64_t number) {
     return chunk.raw && chunk.saves[number] ? chunk.raw + number * chunk.row : nullptr;
 }
 
-inline Chunk chunk_of(const Op& op, int64_t number, float* raw, int64_t row) {
+inline Chunk chunk_of(const Op& op, int64_t number, Real* raw, int64_t row) {
     const List<uint32_t>& active = op.region->level->active;
     const int64_t first = number * CHUNK;
     return {active.at + first, op.region->level->saves.at + first, raw ? raw + first * row : nullptr,
@@ -32,10 +32,10 @@ inline Chunk chunk_of(const Op& op, int64_t number, float* raw, int64_t row) {
 
 // Finishes B vectors of one place from channel `first` on, of which `left` channels are there.
 template <int B>
-inline void finish_all(const Conv& c, uint32_t place, float* raw, int first, int left, const V* sum, const V* scale,
+inline void finish_all(const Conv& c, uint32_t place, Real* raw, int first, int left, const V* sum, const V* scale,
                        const V* shift) {
-    float* out = at(c.out, place) + first;
-    const float* residual = c.residual.at ? at(c.residual, place) + first : nullptr;
+    Real* out = at(c.out, place) + first;
+    const Real* residual = c.residual.at ? at(c.residual, place) + first : nullptr;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
         const int count = (int)least(LANES, left - b * LANES);
@@ -50,10 +50,23 @@ struct Block {
     int first, left, input;
 };
 
+template <int P, int B, class Value>
+inline __attribute__((always_inline)) void multiply(V (&sum)[P][B], const float* weight, Value value) {
+    V w[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) w[b] = load(weight + b * LANES);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+        const V x = value(p);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) sum[p][b] = add_product(sum[p][b], w[b], x);
+    }
+}
+
 // P places x B vectors of output channels in registers; each run of taps is one contiguous read.
 template <int P, int B>
 void block(const Conv& c, const Chunk& chunk, const Block& of, int64_t from, int valid) {
-    const float* tap[P];
+    const Real* tap[P];
     for (int p = 0; p < P; ++p) tap[p] = first_tap(c, chunk.places[from + (p < valid ? p : valid - 1)]) + of.input;
     V sum[P][B] = {};
     const float* weight = of.weight;
@@ -63,17 +76,11 @@ void block(const Conv& c, const Chunk& chunk, const Block& of, int64_t from, int
         before = c.jump[r];
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) tap[p] += jump;
-        for (int k = 0; k < c.run; ++k) {
-            V w[B];
-#pragma GCC unroll 8
-            for (int b = 0; b < B; ++b) w[b] = load(weight + b * LANES);
+        for (int k = 0; k + PAIR <= c.run; k += PAIR, weight += B * LANES)
+            multiply<P, B>(sum, weight, [&](int p) { return spread_pair(tap[p] + k); });
+        if (c.run % PAIR) {
+            multiply<P, B>(sum, weight, [&](int p) { return spread_last(tap[p] + c.run - 1); });
             weight += B * LANES;
-#pragma GCC unroll 16
-            for (int p = 0; p < P; ++p) {
-                const V x = spread(tap[p][k]);
-#pragma GCC unroll 8
-                for (int b = 0; b < B; ++b) sum[p][b] += w[b] * x;
-            }
         }
     }
     V scale[B], shift[B];
@@ -97,7 +104,7 @@ inline void ahead(const Conv& c, const Chunk& chunk, int64_t from, int64_t until
         const uint32_t place = chunk.places[i];
         const bool runs_on = c.stride[1] == 1 && c.run > c.source.step && place == chunk.places[i - 1] + 1;
         const int64_t known = runs_on ? c.run - c.source.step : 0;
-        const float* tap = first_tap(c, place);
+        const Real* tap = first_tap(c, place);
         for (int r = 0; r < c.runs; ++r) fetch(tap + c.jump[r] + known, c.run - known);
         fetch(at(c.out, place), outputs);
         if (c.residual.at) fetch(at(c.residual, place), outputs);
@@ -126,37 +133,31 @@ void channels(const Conv& c, const Chunk& chunk, const Block& of, int vectors) {
 // P places x T channels, each a sum over vectors of the inputs of a run.
 template <int P, int T>
 void dot_block(const Conv& c, const Chunk& chunk, const Block& of, int64_t from, int valid) {
-    const float* tap[P];
+    const Real* tap[P];
     for (int p = 0; p < P; ++p) tap[p] = first_tap(c, chunk.places[from + (p < valid ? p : valid - 1)]) + of.input;
     V sum[P][T] = {};
-    const int64_t filled = (int64_t)vectors_of(c.run, LANES) * LANES;
+    const int vectors = vectors_of(c.run, PAIR * LANES);
     const float* weight = of.weight;
-    for (int r = 0; r < c.runs; ++r, weight += T * filled)
-        for (int k = 0; k < c.run; k += LANES) {
+    for (int r = 0; r < c.runs; ++r, weight += T * vectors * LANES)
+        for (int v = 0, k = 0; v < vectors; ++v, k += PAIR * LANES) {
             V x[P];
 #pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) x[p] = load_upto(tap[p] + c.jump[r] + k, c.run - k);
+            for (int p = 0; p < P; ++p) x[p] = load_run(tap[p] + c.jump[r] + k, c.run - k);
 #pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
-                const V w = load(weight + t * filled + k);
+                const V w = load(weight + (t * vectors + v) * LANES);
 #pragma GCC unroll 8
-                for (int p = 0; p < P; ++p) sum[p][t] += w * x[p];
+                for (int p = 0; p < P; ++p) sum[p][t] = add_product(sum[p][t], w, x[p]);
             }
         }
+    const V scale = load_part(c.scale + of.first, T), shift = load_part(c.shift + of.first, T);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
         if (p >= valid) break;
-        float* raw = raw_of(chunk, from + p);
-        float* out = at(c.out, chunk.places[from + p]) + of.first;
-        const float* residual = c.residual.at ? at(c.residual, chunk.places[from + p]) + of.first : nullptr;
+        V dot = {};
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-            const float dot = total(sum[p][t]);
-            if (raw) raw[of.first + t] = dot;
-            float value = dot * c.scale[of.first + t] + c.shift[of.first + t];
-            if (residual) value += residual[t];
-            out[t] = c.relu && value < 0 ? 0 : value;
-        }
+        for (int t = 0; t < T; ++t) dot[t] = total(sum[p][t]);
+        finish_all<1>(c, chunk.places[from + p], raw_of(chunk, from + p), of.first, T, &dot, &scale, &shift);
     }
 }
 
@@ -166,24 +167,26 @@ void dots(const Conv& c, const Chunk& chunk, const Block& of) {
         dot_block<4, T>(c, chunk, of, from, (int)least(4, chunk.count - from));
 }
 
-inline int64_t taps_of(const Conv& c) { return (int64_t)c.runs * c.run; }
+inline int units_of(const Conv& c) { return vectors_of(c.run, PAIR); }  // of a run, 32 bits each
+
+inline int few_of(const Conv& c) { return dots_of(c.outputs, units_of(c), LANES); }
 
 // How many tasks share the output channels of one chunk of places.
 inline int64_t parts_of(const Conv& c) {
-    if (c.groups * taps_of(c) * c.outputs <= WEIGHTS_IN_CACHE) return 1;
-    const int few = dots_of(c.outputs, c.run, LANES);
+    if ((int64_t)c.groups * c.runs * units_of(c) * c.outputs <= WEIGHTS_IN_CACHE) return 1;
+    const int few = few_of(c);
     int64_t count = few > 0;
     for (int left = vectors_of(c.outputs - few, LANES); left > 0; left -= next_block(left, MOST, STEP)) ++count;
     return count * c.groups;
 }
 
-void convolve(const Op& op, int64_t task, float* raw) {
+void convolve(const Op& op, int64_t task, Real* raw) {
     const Conv& c = *static_cast<const Conv*>(op.body);
-    const int64_t chunks = (op.region->level->active.count + CHUNK - 1) / CHUNK, taps = taps_of(c);
+    const int64_t chunks = (op.region->level->active.count + CHUNK - 1) / CHUNK, units = (int64_t)c.runs * units_of(c);
     const bool parted = parts_of(c) > 1;
     const int64_t only = parted ? task / chunks : -1;
     const Chunk chunk = chunk_of(op, parted ? task % chunks : task, raw, raw_row(c));
-    const int few = dots_of(c.outputs, c.run, LANES);
+    const int few = few_of(c);
     const float* weight = c.weight;
     int64_t number = 0;
     for (int group = 0; group < c.groups; ++group) {
@@ -191,7 +194,7 @@ void convolve(const Op& op, int64_t task, float* raw) {
         for (int left = vectors_of(c.outputs - few, LANES); left > 0; ++number) {
             const int vectors = next_block(left, MOST, STEP);
             if (only < 0 || only == number) channels(c, chunk, of, vectors);
-            of.weight += taps * vectors * LANES;
+            of.weight += units * vectors * LANES;
             of.first += vectors * LANES;
             of.left -= vectors * LANES;
             left -= vectors;
@@ -207,14 +210,14 @@ void convolve(const Op& op, int64_t task, float* raw) {
 #endif
         }
         number += few > 0;
-        weight = of.weight + (int64_t)c.runs * few * vectors_of(c.run, LANES) * LANES;
+        weight = of.weight + (int64_t)c.runs * few * vectors_of(c.run, PAIR * LANES) * LANES;
     }
 }
 
 // P places x one vector of channels, each of which sees itself alone. weight: (taps, channels rounded up to RAW_STEP).
 template <int P>
 inline void depthwise_block(const Conv& c, const Chunk& chunk, int64_t from, int first, int count) {
-    const float* tap[P];
+    const Real* tap[P];
     V sum[P] = {};
     for (int p = 0; p < P; ++p) tap[p] = first_tap(c, chunk.places[from + p]) + first;
     for (int r = 0; r < c.runs; ++r) {
@@ -228,7 +231,7 @@ inline void depthwise_block(const Conv& c, const Chunk& chunk, int64_t from, int
         finish_all<1>(c, chunk.places[from + p], raw_of(chunk, from + p), first, count, &sum[p], &scale, &shift);
 }
 
-void depthwise(const Op& op, int64_t task, float* raw) {
+void depthwise(const Op& op, int64_t task, Real* raw) {
     const Conv& c = *static_cast<const Conv*>(op.body);
     const Chunk chunk = chunk_of(op, task, raw, raw_row(c));
     for (int first = 0; first < c.groups; first += LANES) {
@@ -241,7 +244,7 @@ void depthwise(const Op& op, int64_t task, float* raw) {
 
 // B vectors of channels of one halo place: one pass over its neighbours, whose weights are summed on the way.
 template <int B>
-inline void interpolate(const Op& op, const Conv& c, int64_t h, int channel, const float* raw) {
+inline void interpolate(const Op& op, const Conv& c, int64_t h, int channel, const Real* raw) {
     const Level& level = *op.region->level;
     const uint32_t place = op.region->halo.at[h];
     const int32_t number = -2 - number_at(level, place);
@@ -251,15 +254,15 @@ inline void interpolate(const Op& op, const Conv& c, int64_t h, int channel, con
     float all = 0;
     for (; i < last && level.excess.at[i] <= c.reach; ++i) {  // the nearest come first
         const float weight = c.falloff[level.excess.at[i]];
-        const float* from = raw + level.source.at[i] * step + channel;
+        const Real* from = raw + level.source.at[i] * step + channel;
         all += weight;
 #pragma GCC unroll 8
         for (int b = 0; b < B; ++b) sum[b] += load(from + b * LANES) * spread(weight);
     }
     const bool bare = all == 0;
     const V part = spread(1 / all);
-    float* out = at(c.out, place) + channel;
-    const float* residual = c.residual.at ? at(c.residual, place) + channel : nullptr;
+    Real* out = at(c.out, place) + channel;
+    const Real* residual = c.residual.at ? at(c.residual, place) + channel : nullptr;
     const int outputs = c.groups * c.outputs;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b, channel += LANES) {
@@ -272,7 +275,7 @@ inline void interpolate(const Op& op, const Conv& c, int64_t h, int channel, con
 
 constexpr int AHEAD = 8;  // halo places
 
-void halo(const Op& op, int64_t task, const float* raw) {
+void halo(const Op& op, int64_t task, const Real* raw) {
     const Conv& c = *static_cast<const Conv*>(op.body);
     const List<uint32_t>& halo = op.region->halo;
     const int64_t first = task * CHUNK, last = least(first + CHUNK, halo.count);

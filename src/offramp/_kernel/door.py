@@ -2,6 +2,8 @@
 
 import ctypes
 
+import torch
+
 from offramp._kernel.native import instruction_sets, loaded
 from offramp.errors import OfframpError
 
@@ -13,14 +15,20 @@ def available() -> bool:
     return loaded() is not None
 
 
-def isas() -> tuple[str, ...]:
-    """The instruction sets of this machine that the kernel has code for, best first; none where it is not available."""
-    return tuple(instruction_sets())
+def isas(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """The instruction sets of this machine that the kernel has code for, best first; none where it is not available.
+
+    For bfloat16 those that multiply it come before those that store and work in float32 and round at the door alone.
+    """
+    sets = instruction_sets()
+    return tuple(sorted((name for name, isa in sets.items() if isa.stores in (dtype, torch.float32)),
+                        key=lambda name: sets[name].stores != dtype))
 
 
-def isa() -> str:
-    """The instruction set in use: "avx512", "avx2", "portable", or "none" where the kernel is not available."""
-    return next(iter(isas()), "none")
+def isa(dtype: torch.dtype = torch.float32) -> str:
+    """The instruction set in use: "avx512", "avx2", "portable", or "none" where the kernel is not available; for
+    bfloat16 "avx512_bf16" too."""
+    return next(iter(isas(dtype)), "none")
 
 
 def shares_threads() -> bool:

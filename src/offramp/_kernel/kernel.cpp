@@ -3,11 +3,13 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #include <atomic>
 #include <initializer_list>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -18,6 +20,9 @@ namespace {
 
 const Path* path(int isa) {
 #if defined(__x86_64__)
+#if HAS_BF16
+    if (isa == 3) return &avx512_bf16;
+#endif
     if (isa == 2) return &avx512;
     if (isa == 1) return &avx2;
 #endif
@@ -27,7 +32,13 @@ const Path* path(int isa) {
 bool runs(int isa) {
 #if defined(__x86_64__)
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (isa == 2) return has_avx2 && __builtin_cpu_supports("avx512f");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f");
+    if (isa == 3) {  // what __builtin_cpu_supports calls it, older compilers do not know
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        return has_avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+    }
+    if (isa == 2) return has_avx512;
     if (isa == 1) return has_avx2;
 #endif
     return isa == 0;
@@ -124,6 +135,36 @@ void work(void* given) {
     }
 }
 
+void give(float from, float& to) { to = from; }
+void give(uint16_t from, uint16_t& to) { to = from; }
+void give(uint16_t from, float& to) {
+    const uint32_t bits = (uint32_t)from << 16;
+    memcpy(&to, &bits, 4);
+}
+void give(float from, uint16_t& to) {  // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &from, 4);
+    to = (uint16_t)(from != from ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class From, class To>
+void read_active(const Level& level, const Plane& from, int64_t channels, To* to, int64_t channel_step,
+                 int64_t row_step, int64_t step) {
+    for (int64_t i = 0; i < level.active.count; ++i) {
+        const int64_t y = row_of(level.active.at[i]), x = column_of(level.active.at[i]);
+        const From* here = static_cast<const From*>(from.at) + y * from.row + x * from.step;
+        To* there = to + y * row_step + x * step;
+        for (int64_t c = 0; c < channels; ++c) give(here[c], there[c * channel_step]);
+    }
+}
+
+template <class From>
+void read_active(const Level& level, const Plane& from, int64_t channels, void* to, int64_t channel_step,
+                 int64_t row_step, int64_t step, int pair) {
+    if (pair == 2) read_active<From>(level, from, channels, static_cast<uint16_t*>(to), channel_step, row_step, step);
+    else read_active<From>(level, from, channels, static_cast<float*>(to), channel_step, row_step, step);
+}
+
 }  // namespace
 }  // namespace offramp
 
@@ -131,7 +172,7 @@ using namespace offramp;
 
 // Changes with the interface; the door does not talk to a library of another one.
 API int64_t offramp_interface() {
-    return 1000000 * 3 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
+    return 1000000 * 4 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
                                    sizeof(Sum) + sizeof(Pool) + sizeof(Op) + sizeof(Plan));
 }
 
@@ -141,32 +182,46 @@ API void offramp_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Par
 
 API int offramp_can_share() { return parallel != nullptr; }
 
-API int64_t offramp_packed_floats(int isa, int32_t inputs, int32_t outputs, int32_t taps, int32_t run) {
-    const int lanes = path(isa)->lanes, dots = dots_of(outputs, run, lanes);
-    const int64_t all = (int64_t)taps * inputs;
-    return (all * vectors_of(outputs - dots, lanes) + all / run * dots * vectors_of(run, lanes)) * lanes;
+API int offramp_pair(int isa) { return path(isa)->pair; }
+
+// Of 32 bits.
+API int64_t offramp_packed_units(int isa, int32_t inputs, int32_t outputs, int32_t taps, int32_t run) {
+    const Path& set = *path(isa);
+    const int units = vectors_of(run, set.pair), dots = dots_of(outputs, units, set.lanes);
+    const int64_t per_run = (int64_t)units * vectors_of(outputs - dots, set.lanes) + dots * vectors_of(units, set.lanes);
+    return (int64_t)taps * inputs / run * per_run * set.lanes;
 }
 
-// weight: (outputs, inputs, taps), as torch has it -> blocks of [tap, input][channel], whose last vector is filled up
-// with zeros; then those of dot products: [run][channel][run, filled up with zeros]. run: how many of [tap, input] lie
-// side by side in the input.
+// weight: (outputs, inputs, taps), as torch has it, rounded to what the set stores -> blocks of [run, unit][channel],
+// whose last vector is filled up with zeros; then those of dot products: [run][channel][unit, filled up with zeros].
+// run: how many of [tap, input] lie side by side in the input; each has units of 32 bits, the last filled up with zeros.
 API void offramp_pack(int isa, const float* weight, int32_t inputs, int32_t outputs, int32_t taps, int32_t run,
-                      float* packed) {
+                      uint32_t* packed) {
     const Path& set = *path(isa);
-    const int64_t all = (int64_t)taps * inputs, dots = dots_of(outputs, run, set.lanes);
-    const auto of = [&](int64_t o, int64_t tap) { return weight[(o * inputs + tap % inputs) * taps + tap / inputs]; };
+    const int64_t all = (int64_t)taps * inputs, units = vectors_of(run, set.pair);
+    const int64_t dots = dots_of(outputs, (int)units, set.lanes);
+    const auto bits = [&](int64_t o, int64_t first, int64_t k) {
+        uint32_t found = 0;
+        const int64_t tap = first + k;
+        if (o < outputs && k < run) memcpy(&found, weight + (o * inputs + tap % inputs) * taps + tap / inputs, 4);
+        return found;
+    };
+    const auto unit = [&](int64_t o, int64_t first, int64_t u) {
+        return set.pair == 1 ? bits(o, first, u) : bits(o, first, 2 * u) >> 16 | (bits(o, first, 2 * u + 1) & 0xffff0000);
+    };
     int64_t channel = 0, last = 0;
     for (int left = vectors_of((int)(outputs - dots), set.lanes); left > 0; channel = last) {
         const int vectors = next_block(left, set.most, set.step);
         last = channel + vectors * set.lanes;
-        for (int64_t tap = 0; tap < all; ++tap)
-            for (int64_t o = channel; o < last; ++o) *packed++ = o < outputs ? of(o, tap) : 0;
+        for (int64_t first = 0; first < all; first += run)
+            for (int64_t u = 0; u < units; ++u)
+                for (int64_t o = channel; o < last; ++o) *packed++ = unit(o, first, u);
         left -= vectors;
     }
-    const int64_t filled = (int64_t)vectors_of(run, set.lanes) * set.lanes;
+    const int64_t filled = (int64_t)vectors_of((int)units, set.lanes) * set.lanes;
     for (int64_t first = 0; first < all; first += run)
         for (int64_t o = outputs - dots; o < outputs; ++o)
-            for (int64_t k = 0; k < filled; ++k) *packed++ = k < run ? of(o, first + k) : 0;
+            for (int64_t u = 0; u < filled; ++u) *packed++ = u < units ? unit(o, first, u) : 0;
 }
 
 // mask: (height, width). 0 where there is no memory for what it says.
@@ -193,15 +248,12 @@ API int64_t offramp_run(Plan* plan, int64_t first, int64_t last, int32_t threads
     return count;
 }
 
-// What a view holds at a level's active places, to any strides (in floats).
-API void offramp_read_active(const Level* level, const Plane* from, int64_t channels, float* to, int64_t channel_step,
-                             int64_t row_step, int64_t step) {
-    for (int64_t i = 0; i < level->active.count; ++i) {
-        const uint32_t place = level->active.at[i];
-        const float* here = at(*from, place);
-        float* there = to + row_of(place) * row_step + column_of(place) * step;
-        for (int64_t c = 0; c < channels; ++c) there[c * channel_step] = here[c];
-    }
+// What a view holds at a level's active places, to any strides (in values), in float (pair 1) or bfloat16 (pair 2).
+API void offramp_read_active(int isa, const Level* level, const Plane* from, int64_t channels, void* to,
+                             int64_t channel_step, int64_t row_step, int64_t step, int pair) {
+    if (path(isa)->pair == 2)
+        read_active<uint16_t>(*level, *from, channels, to, channel_step, row_step, step, pair);
+    else read_active<float>(*level, *from, channels, to, channel_step, row_step, step, pair);
 }
 
 // Gives back what settle() took.

@@ -1,12 +1,17 @@
-// What the door, the geometry and the three instruction sets share: raw buffers; no torch, no Python.
+// What the door, the geometry and the instruction sets share: raw buffers; no torch, no Python.
 //
 // The structures that Python fills in (native.py, field by field, so that the order is part of the interface) say once
 // what a program does. What a mask changes lies in Level and Region alone, where settle() puts it.
 //
-// Activations lie in framed NHWC buffers of float whose frame is zero. A place is y << 16 | x, counted from 0 inside the
-// frame; a Plane says where a view's place (0, 0) is.
+// Activations lie in framed NHWC buffers whose frame is zero, of what an instruction set stores (Real: float or bfloat16).
+// A place is y << 16 | x, counted from 0 inside the frame; a Plane says where a view's place (0, 0) is.
 #pragma once
 #include <stdint.h>
+
+// Whether the compiler knows products of bfloat16.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define HAS_BF16 1
+#endif
 
 namespace offramp {
 
@@ -64,15 +69,15 @@ struct Region {
 };
 
 struct Plane {
-    float* at;                   // place (0, 0), the view's first channel; null: none
-    int64_t row, step;           // floats from row to row, from place to place
+    void* at;                    // Real: place (0, 0), the view's first channel; null: none
+    int64_t row, step;           // values from row to row, from place to place
 };
 
 struct Conv {
     Plane source, out, residual;
-    const float *weight, *scale, *shift, *bare;
+    const float *weight, *scale, *shift, *bare;  // weight: packed; depthwise (taps, channels filled up)
     const int64_t* jump;         // (runs) where each contiguous read of a place begins, counted from its first tap
-    int32_t runs, run;           // and how many floats it has; depthwise: runs are taps
+    int32_t runs, run;           // and how many values it has; depthwise: runs are taps
     int32_t inputs, outputs;     // of one group
     int32_t groups, relu;
     int32_t stride[2], padding[2];
@@ -123,12 +128,13 @@ struct Plan {
     int32_t isa, excess;         // the largest excess that any convolution counts
 };
 
-// One instruction set. `most` vectors of channels stand in registers at a time; a `step` of them is the rule.
+// One instruction set. `most` vectors of channels stand in registers at a time; a `step` of them is the rule. A product
+// takes `pair` values at a time, 32 bits of them: a float, or two of bfloat16.
 struct Path {
     const char* name;
-    int lanes, most, step;
+    int lanes, most, step, pair;
     int64_t (*tasks)(const Op&, int phase);
-    void (*task)(const Op&, int phase, int64_t task, float* raw);
+    void (*task)(const Op&, int phase, int64_t task, void* raw);
 };
 
 static inline int vectors_of(int channels, int lanes) { return (channels + lanes - 1) / lanes; }
@@ -138,22 +144,19 @@ static inline int64_t column_of(uint32_t place) { return place & 0xffff; }
 static inline int32_t& number_at(const Level& level, uint32_t place) {
     return level.number.at[(row_of(place) + WINDOW) * (level.width + 2 * WINDOW) + column_of(place) + WINDOW];
 }
-static inline float* at(const Plane& plane, uint32_t place) {
-    return plane.at + row_of(place) * plane.row + column_of(place) * plane.step;
-}
 static inline int64_t raw_row(const Conv& c) {
     return ((int64_t)c.groups * c.outputs + RAW_STEP - 1) / RAW_STEP * RAW_STEP;
 }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How many of the last output channels are dot products along a run, for a vector of channels would hold few of them:
-// 18 channels are one vector of 16 and two dot products, not two vectors.
-static inline int dots_of(int outputs, int run, int lanes) {
+// 18 channels are one vector of 16 and two dot products, not two vectors. units: of 32 bits in a run.
+static inline int dots_of(int outputs, int units, int lanes) {
     const int last = outputs % lanes;
-    return last <= lanes / 4 && 3 * last * vectors_of(run, lanes) < run ? last : 0;
+    return last <= lanes / 4 && 3 * last * vectors_of(units, lanes) < units ? last : 0;
 }
 
-constexpr int64_t WEIGHTS_IN_CACHE = 1 << 18;  // floats: beyond 1 MB one block of channels is done for all places first
+constexpr int64_t WEIGHTS_IN_CACHE = 1 << 18;  // of 32 bits: beyond 1 MB one block of channels is done for all places first
 
 bool settle(Plan& plan, const uint8_t* mask, int32_t height, int32_t width);
 bool give_room(void** at, int64_t* room, int64_t count, int64_t size);
@@ -166,6 +169,9 @@ extern const Path portable;
 #if defined(__x86_64__)
 extern const Path avx2;
 extern const Path avx512;
+#if HAS_BF16
+extern const Path avx512_bf16;
+#endif
 #endif
 
 }  // namespace offramp

@@ -37,7 +37,7 @@ class Buffer:
         return self.frame[0] * self.row + self.frame[1] * self.channels
 
     @property
-    def floats(self) -> int:
+    def values(self) -> int:
         return (self.height + 2 * self.frame[0]) * self.row + self.frame[1] * self.channels
 
 

@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
 __all__ = [
-    "CONV", "DEPTHWISE", "INTERFACE", "POOL", "SQUARES", "SUM", "Axis", "Conv", "Level", "List", "Op", "Plan", "Plane",
-    "Pool", "Read", "Region", "Sum", "Term", "Window", "instruction_sets", "loaded",
+    "CONV", "DEPTHWISE", "INTERFACE", "POOL", "SQUARES", "SUM", "Axis", "Conv", "Isa", "Level", "List", "Op", "Plan",
+    "Plane", "Pool", "Read", "Region", "Sum", "Term", "Window", "instruction_sets", "loaded",
 ]
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -87,16 +88,17 @@ class Plan(ctypes.Structure):
                 ("phases", _POINTER), ("scratch", List), ("spans", List), ("isa", _INT), ("excess", _INT)]
 
 
-INTERFACE = 1000000 * 3 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))
+INTERFACE = 1000000 * 4 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))
 _SIGNATURES = {
     "offramp_isa": (ctypes.c_char_p, [_INT]),
     "offramp_parallel": (None, [_POINTER]),
     "offramp_can_share": (_INT, []),
-    "offramp_packed_floats": (_LONG, [_INT] * 5),
+    "offramp_pair": (_INT, [_INT]),
+    "offramp_packed_units": (_LONG, [_INT] * 5),
     "offramp_pack": (None, [_INT, _POINTER, _INT, _INT, _INT, _INT, _POINTER]),
     "offramp_settle": (_INT, [ctypes.POINTER(Plan), _POINTER, _INT, _INT]),
     "offramp_run": (_LONG, [ctypes.POINTER(Plan), _LONG, _LONG, _INT, _POINTER, _LONG]),
-    "offramp_read_active": (None, [_POINTER, ctypes.POINTER(Plane), _LONG, _POINTER, _LONG, _LONG, _LONG]),
+    "offramp_read_active": (None, [_INT, _POINTER, ctypes.POINTER(Plane), _LONG, _POINTER, _LONG, _LONG, _LONG, _INT]),
     "offramp_release": (None, [ctypes.POINTER(Plan)]),
 }
 
@@ -143,11 +145,18 @@ def loaded() -> ctypes.CDLL | None:
     return found
 
 
+class Isa(NamedTuple):
+    number: int
+    stores: torch.dtype
+    """What its maps hold."""
+
+
 @functools.cache
-def instruction_sets() -> Mapping[str, int]:
-    """The instruction sets that the library was built for and this machine runs, best first, with their numbers."""
+def instruction_sets() -> Mapping[str, Isa]:
+    """The instruction sets that the library was built for and this machine runs, best first."""
     lib = loaded()
     if lib is None:
         return MappingProxyType({})
-    names = {number: lib.offramp_isa(number) for number in (2, 1, 0)}
-    return MappingProxyType({name.decode(): number for number, name in names.items() if name is not None})
+    names = {number: lib.offramp_isa(number) for number in (3, 2, 1, 0)}
+    return MappingProxyType({name.decode(): Isa(number, (torch.float32, torch.bfloat16)[lib.offramp_pair(number) - 1])
+                             for number, name in names.items() if name is not None})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp._kernel import native
-from offramp._kernel.door import needed
+from offramp._kernel.door import isas, needed
 from offramp._kernel.faults import faults
 from offramp._kernel.layout import lay_out
 from offramp._kernel.ops import Conv, Op, Pool, Program, Resize, Sum, Term, View, Window
@@ -20,38 +20,47 @@ from offramp.errors import OfframpError
 __all__ = ["Kernel"]
 
 _RAW_STEP = 16
+_CUTOFF = {torch.float32: 2.0**-26, torch.bfloat16: 2.0**-14}
 
 
 @final
 class Kernel:
-    """Runs a program for one input at a time, in float32, on torch's threads.
+    """Runs a program for one input at a time, on torch's threads.
 
     For each input: ``write`` the maps that the program reads, and for each segment in turn ``settle`` its mask and
     ``run`` it. One call at a time: an object holds one input's maps, and raises where two threads use it at once; give
     each thread its own. A later change of the program's tensors is not seen.
+    dtype: what maps hold, float32 or bfloat16. In bfloat16 weights are rounded to it too, but those of depthwise
+    convolutions; all is worked out in float32, and rounded once where an operation writes it and once where others are
+    interpolated from it. Where no instruction set multiplies bfloat16, all stays float32 and is rounded when read.
     isa: another instruction set than the best one. cutoff: neighbours of an interpolated place that weigh less than
-    this, relative to its nearest one, are left out; at 2^-26 that is below what float32 resolves, 1e-3 leaves two or
-    three of them. OfframpError names what the kernel cannot run: see ``faults``.
+    this, relative to its nearest one, are left out; None: 2^-26 in float32 and 2^-14 in bfloat16, which is below what
+    they resolve. 1e-3 leaves two or three of them. OfframpError names what the kernel cannot run: see ``faults``.
     """
 
-    def __init__(self, program: Program, *, isa: str | None = None, cutoff: float = 2.0**-26) -> None:
+    def __init__(self, program: Program, *, dtype: torch.dtype = torch.float32, isa: str | None = None,
+                 cutoff: float | None = None) -> None:
         self._lib = needed("Kernel()")
         if found := faults(program):
             raise OfframpError(expected="a program that the compiled kernel runs", got="; ".join(found[:5]),
                                where="Kernel()", todo="run it through PyTorch")
-        sets = native.instruction_sets()
+        if dtype not in _CUTOFF:
+            raise OfframpError(expected=" or ".join(map(str, _CUTOFF)), got=str(dtype), where="Kernel()")
+        sets = isas(dtype)
         name = next(iter(sets)) if isa is None else isa
         if name not in sets:
-            raise OfframpError(expected=f"one of this machine's instruction sets {tuple(sets)}", got=repr(isa),
+            raise OfframpError(expected=f"one of this machine's instruction sets for {dtype}, {sets}", got=repr(isa),
                                where="Kernel()")
+        cutoff = _CUTOFF[dtype] if cutoff is None else cutoff
         if not 0 <= cutoff < 1:
             raise OfframpError(expected="0 <= cutoff < 1", got=str(cutoff), where="Kernel()")
-        self.program = program
-        self._isa, self._cutoff = sets[name], cutoff
+        self.program, self.dtype = program, dtype
+        self._isa, self._stores = native.instruction_sets()[name]
+        self._cutoff = cutoff
         self._layout = lay_out(program)
         self._held: list[Any] = []  # what C code has addresses of
         self._tensor_bytes = 0
-        self._memory = [self._keep(torch.zeros(buffer.floats)) for buffer in self._layout.buffers]
+        self._memory = [self._keep(torch.zeros(buffer.values, dtype=self._stores)) for buffer in self._layout.buffers]
         self._axes: dict[tuple[Resize, int, int], native.Axis] = {}
         self._lock = threading.Lock()
         self._done = -1
@@ -86,20 +95,21 @@ class Kernel:
             self._inside(map_).copy_(x)
 
     def read(self, map_: int) -> Tensor:
-        """A copy of a kept map, (C, H, W); outside its region it holds anything."""
+        """A copy of a kept map, (C, H, W) of ``dtype``; outside its region it holds anything."""
         with self._alone("read"):
-            return self._inside(self._kept(map_, "read")).clone()
+            return self._inside(self._kept(map_, "read")).to(self.dtype, copy=True)
 
     def read_active(self, map_: int, out: Tensor) -> None:
-        """Write what a kept map holds at its level's active places into ``out`` (C, H, W), and nothing elsewhere."""
+        """Write what a kept map holds at its level's active places into ``out`` (C, H, W), float32 or bfloat16, and
+        nothing elsewhere."""
         self._check(map_, out, "read_active")
-        if out.dtype != torch.float32 or out.device.type != "cpu":
-            raise OfframpError(expected="float32 on the CPU", got=_told(out), where="Kernel.read_active()")
+        if out.dtype not in _CUTOFF or out.device.type != "cpu":
+            raise OfframpError(expected="float32 or bfloat16 on the CPU", got=_told(out), where="Kernel.read_active()")
         own = self.program.maps[map_]
         with self._alone("read_active"):
             self._lib.offramp_read_active(
-                ctypes.addressof(self._levels[own.level]), self._plane(View(map_, 0, own.channels)), own.channels,
-                out.data_ptr(), *out.stride())
+                self._isa, ctypes.addressof(self._levels[own.level]), self._plane(View(map_, 0, own.channels)),
+                own.channels, out.data_ptr(), *out.stride(), 4 // out.itemsize)
 
     def run(self, segment: int, stop: Tensor | None = None, deadline_ns: int | None = None) -> bool:
         """Run one segment; whether it was completed before ``stop`` was set or the deadline came.
@@ -181,7 +191,7 @@ class Kernel:
             return native.Plane()
         number = self._layout.buffer[view.map]
         buffer = self._layout.buffers[number]
-        at = self._memory[number].data_ptr() + 4 * (buffer.origin + view.first)
+        at = self._memory[number].data_ptr() + self._stores.itemsize * (buffer.origin + view.first)
         return native.Plane(at, buffer.row, buffer.channels)
 
     def _axis(self, resize: Resize, size: int, to: int) -> native.Axis:
@@ -276,9 +286,10 @@ class Kernel:
     def _pack(self, weight: Tensor, groups: int, run: int) -> Tensor:
         """(C_out, C_in / groups, k_h, k_w) in the order in which this instruction set reads it, ``run`` at a time."""
         inputs, taps, outputs = weight.shape[1], weight[0, 0].numel(), len(weight) // groups
-        size = self._lib.offramp_packed_floats(self._isa, inputs, outputs, taps, run)
-        packed = torch.empty(groups, size)
-        for theirs, ours in zip(weight.detach().float().contiguous().chunk(groups), packed, strict=True):
+        size = self._lib.offramp_packed_units(self._isa, inputs, outputs, taps, run)
+        packed = torch.empty(groups, size, dtype=torch.int32)
+        weight = weight.detach().to(self._stores).float().contiguous()
+        for theirs, ours in zip(weight.chunk(groups), packed, strict=True):
             self._lib.offramp_pack(self._isa, theirs.data_ptr(), inputs, outputs, taps, run, ours.data_ptr())
         return packed
 

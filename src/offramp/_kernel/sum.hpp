@@ -19,21 +19,22 @@ inline void by_vectors(int channels, Whole whole, Part part) {
 template <int B>
 inline void add_term(const Term& term, uint32_t place, int channel, int count, V* sum) {
     if (!term.rows.first) {
-        const float* from = at(term.source, place) + channel;
+        const Real* from = at(term.source, place) + channel;
 #pragma GCC unroll 8
         for (int b = 0; b < B; ++b) sum[b] += load_upto(from + b * LANES, count);
         return;
     }
     const int64_t y = row_of(place), x = column_of(place);
     const Plane& source = term.source;
-    const float* above = source.at + term.rows.first[y] * source.row + channel;
+    const Real* origin = static_cast<const Real*>(source.at) + channel;
+    const Real* above = origin + term.rows.first[y] * source.row;
     const int64_t left = term.columns.first[x] * source.step;
     if (!term.rows.part) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; ++b) sum[b] += load_upto(above + left + b * LANES, count);
         return;
     }
-    const float* below = source.at + term.rows.second[y] * source.row + channel;
+    const Real* below = origin + term.rows.second[y] * source.row;
     const int64_t right = term.columns.second[x] * source.step;
     const float down = term.rows.part[y], across = term.columns.part[x];
     const V low = spread(down), high = spread(1 - down), far = spread(across), near = spread(1 - across);
@@ -49,7 +50,7 @@ template <int B>
 inline void sum_at(const Sum& s, uint32_t place, int channel, int count) {
     V sum[B] = {};
     for (int t = 0; t < s.count; ++t) add_term<B>(s.terms[t], place, channel, count, sum);
-    float* out = at(s.out, place) + channel;
+    Real* out = at(s.out, place) + channel;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b, channel += LANES) {
         if (s.scale) sum[b] *= load_upto(s.scale + channel, count);
@@ -73,6 +74,7 @@ inline void pool_at(const Pool& p, uint32_t place, int channel, int count) {
     const Window& w = p.window;
     const int64_t top = row_of(place) * w.stride[0] - w.padding[0];
     const int64_t left = column_of(place) * w.stride[1] - w.padding[1];
+    const Real* origin = static_cast<const Real*>(p.source.at) + channel;
     V all[B] = {};
     int seen = 0, counted = 0;
     for (int i = 0; i < w.kernel[0]; ++i)
@@ -80,7 +82,7 @@ inline void pool_at(const Pool& p, uint32_t place, int channel, int count) {
             const int64_t y = top + i * w.dilation[0], x = left + j * w.dilation[1];
             counted += y < p.height + w.padding[0] && x < p.width + w.padding[1];  // as torch does at ragged ends
             if (y < 0 || y >= p.height || x < 0 || x >= p.width) continue;
-            const float* from = p.source.at + y * p.source.row + x * p.source.step + channel;
+            const Real* from = origin + y * p.source.row + x * p.source.step;
 #pragma GCC unroll 8
             for (int b = 0; b < B; ++b) {
                 const V value = load_upto(from + b * LANES, count);
@@ -91,7 +93,7 @@ inline void pool_at(const Pool& p, uint32_t place, int channel, int count) {
             ++seen;
         }
     const V over = spread((float)(p.counts_padding ? counted : seen));
-    float* out = at(p.out, place) + channel;
+    Real* out = at(p.out, place) + channel;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) store_upto(out + b * LANES, p.mean ? all[b] / over : all[b], count);
 }

@@ -1,4 +1,4 @@
-// Vectors of one instruction set: LANES floats.
+// Vectors of one instruction set: LANES floats. Maps hold Real; what is worked out of them is float.
 typedef float V __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
@@ -35,14 +35,55 @@ inline V spread(float value) { return V{value, value, value, value}; }
 inline float total(V value) { return (value[0] + value[1]) + (value[2] + value[3]); }
 #endif
 
-inline V load_upto(const float* from, int count) { return count >= LANES ? load(from) : load_part(from, count); }
-inline void store_upto(float* to, V value, int count) {
+#if BF16
+typedef uint16_t Real;
+constexpr int PAIR = 2;
+inline V widened(__m256i half) { return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16); }
+inline __m256i narrowed(V value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }  // to the nearest, ties to even
+inline V load(const Real* from) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+inline V load_part(const Real* from, int count) { return widened(_mm256_maskz_loadu_epi16(leading(count), from)); }
+inline void store(Real* to, V value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(value)); }
+inline void store_part(Real* to, V value, int count) { _mm256_mask_storeu_epi16(to, leading(count), narrowed(value)); }
+// The next values of a run as they are, zeros after `count`.
+inline V load_run(const Real* from, int count) {
+    const __mmask32 some = count < 32 ? (__mmask32)((1u << count) - 1) : ~(__mmask32)0;
+    return (V)_mm512_maskz_loadu_epi16(some, from);
+}
+inline V spread_pair(const Real* from) {
+    int32_t pair;
+    __builtin_memcpy(&pair, from, sizeof pair);
+    return (V)_mm512_set1_epi32(pair);
+}
+inline V spread_last(const Real* from) { return (V)_mm512_set1_epi32(*from); }
+inline V add_product(V sum, V w, V x) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
+#else
+typedef float Real;
+constexpr int PAIR = 1;
+inline V spread_pair(const Real* from) { return spread(*from); }
+inline V spread_last(const Real* from) { return spread(*from); }
+inline V add_product(V sum, V w, V x) { return sum + w * x; }
+#endif
+
+template <class T>
+inline V load_upto(const T* from, int count) {
+    return count >= LANES ? load(from) : load_part(from, count);
+}
+template <class T>
+inline void store_upto(T* to, V value, int count) {
     if (count >= LANES) store(to, value);
     else store_part(to, value, count);
 }
 
+inline Real* at(const Plane& plane, uint32_t place) {
+    return static_cast<Real*>(plane.at) + row_of(place) * plane.row + column_of(place) * plane.step;
+}
+
+#if !BF16
+inline V load_run(const Real* from, int count) { return load_upto(from, count); }
+#endif
+
 inline V relu(V value) { return value < V{} ? V{} : value; }  // a NaN stays one, as in torch
 
-inline void fetch(const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / 4) __builtin_prefetch(from + i);
+inline void fetch(const Real* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / (int64_t)sizeof(Real)) __builtin_prefetch(from + i);
 }
