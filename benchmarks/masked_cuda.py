@@ -1,7 +1,7 @@
 """Masked HRNets on a CUDA device: Triton's kernels at active places against the fastest dense execution, by density.
 
     python benchmarks/masked_cuda.py              # on a device: W18 and W48 at 512x1024
-    python benchmarks/masked_cuda.py --quick      # checks the path; without a device in Triton's interpreter, minutes
+    python benchmarks/masked_cuda.py --quick      # checks the path; interpreted, slowly, where no device is
 
 Written where there was no such device: until a result file lies beside it, nothing but its path has been checked.
 
