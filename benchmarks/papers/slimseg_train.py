@@ -28,8 +28,8 @@ from offramp.table import ExitTable  # noqa: E402
 from offramp.train.augment import scale_crop_flip  # noqa: E402
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
-LOSSES = {"seg": (0.0, 0.0), "seg + b": (10.0, 0.0), "seg + g": (0.0, 1.0), "seg + b + g": (10.0, 1.0)}
-"""Table 3's rows: weights of the boundary's loss and of the guided one."""
+LOSSES = {"seg": (0.0, 0.0), "seg + b": (1.0, 0.0), "seg + g": (0.0, 1.0), "seg + b + g": (1.0, 1.0)}
+"""Table 3's rows: weights of the boundary's loss, times ``--boundary-weight``, and of the guided one."""
 
 
 def size_of(args: argparse.Namespace) -> tuple[int, int]:
@@ -84,7 +84,8 @@ def slimmed(args: argparse.Namespace, seed: int) -> Slimmable:
 
 def recipe(args: argparse.Namespace, net: nn.Module, seed: int, losses: str, teacher: str | None) -> offramp.Recipe:
     """The paper's 4.2, but for the size of crops and the number of steps."""
-    weights = LOSSES[losses]
+    boundary, guided = LOSSES[losses]
+    weights = boundary * args.boundary_weight, guided
     high, wide = size_of(args)
     crop = (high * 3 // 4 // 8 * 8, wide * 3 // 4 // 8 * 8)
     return offramp.recipes.slim(
@@ -115,7 +116,7 @@ def slimmable(args: argparse.Namespace, seed: int, losses: str = "seg + b + g", 
     """All widths together (Algorithm 1)."""
     net = slimmed(args, seed)
     how = recipe(args, net.backbone, seed, losses, teacher)
-    return trained(args, f"slim-{losses.replace(' ', '')}{_radius(args, losses)}-{teacher}-seed{seed}", net, how)
+    return trained(args, f"slim-{losses.replace(' ', '')}{_how(args, losses)}-{teacher}-seed{seed}", net, how)
 
 
 def independent(args: argparse.Namespace, seed: int, width: float) -> float:
@@ -123,8 +124,11 @@ def independent(args: argparse.Namespace, seed: int, width: float) -> float:
     net = slimmed(args, seed)
     made = net.narrow(width)
     how = recipe(args, net.backbone, seed, "seg + b + g", None)
-    return trained(args, f"alone-{width:g}{_radius(args, 'seg + b + g')}-seed{seed}", made, how)[1.0]
+    return trained(args, f"alone-{width:g}{_how(args, 'seg + b + g')}-seed{seed}", made, how)[1.0]
 
 
-def _radius(args: argparse.Namespace, losses: str) -> str:
-    return f"-r{args.radius}" if any(LOSSES[losses]) and args.radius != 3 else ""
+def _how(args: argparse.Namespace, losses: str) -> str:
+    """What differs from the paper, in the names of those runs that read it."""
+    boundary, guided = LOSSES[losses]
+    weight = f"-w{args.boundary_weight:g}" if boundary and args.boundary_weight != 10 else ""
+    return (f"-r{args.radius}" if (boundary or guided) and args.radius != 3 else "") + weight
