@@ -101,7 +101,8 @@ def network(args: argparse.Namespace, sheet: Sheet, name: str) -> None:
         dense = {"whole": _engines(args, Dense(net, start), (x,)),
                  "after exit 1": _engines(args, Dense(net, after, 1), (*after.tensors, *after.carried))}
     masked = offramp.mask_(net)
-    fast: Any = masked.deploy(engine="compile" if "compile" in args.engines else "eager")
+    narrow = {} if args.precision == "fp32" else {"dtype": torch.bfloat16}
+    fast: Any = masked.deploy(engine="compile" if "compile" in args.engines else "eager", **narrow)
     held = Held(masked, fast.masked)
     masked.enabled = False
     full = masked.macs(x)[0]

@@ -113,7 +113,8 @@ def _layer(op: Op) -> nn.Module:
         count, inputs = op.weight.shape[0], op.weight.shape[1] * op.groups
         made = nn.Conv2d(inputs, count, op.window.kernel, op.window.stride, op.window.padding, op.window.dilation,
                          op.groups)
-        made.weight.data, made.bias.data = op.weight * op.scale.view(-1, 1, 1, 1), op.shift.clone()  # type: ignore[union-attr]
+        made.weight.data = op.weight.float() * op.scale.float().view(-1, 1, 1, 1)
+        made.bias.data = op.shift.float()  # type: ignore[union-attr]
         return made
     if isinstance(op, offramp._kernel.ops.Pool):
         if op.kind == "max":
