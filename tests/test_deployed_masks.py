@@ -54,6 +54,20 @@ def test_what_comes_back_says_the_same_bit_for_bit(rule: dict[str, Any], tmp_pat
     identical(offramp.load_deployed(Mixed("dict"), tmp_path / "again"), fast, x)  # type: ignore[arg-type]
 
 
+def test_a_network_in_bfloat16_comes_back_as_one(tmp_path: Path) -> None:
+    masked, x = network()
+    fast = deploy(masked, dtype=torch.bfloat16)
+    page = offramp.save_deployed(fast, tmp_path)
+    back = offramp.load_deployed(lambda: Mixed("dict"), tmp_path)
+    assert isinstance(back, Sparse) and back.dtype == torch.bfloat16
+    identical(back, fast, x)
+    described = json.loads(page.read_text())
+    del described["form"]["dtype"]  # as files were before there was a choice
+    with pytest.raises(FileFormatError, match="bfloat16"):
+        page.write_text(json.dumps(described))
+        offramp.load_deployed(lambda: Mixed("dict"), tmp_path)
+
+
 def test_each_lambda_is_the_one_that_was_learnt(tmp_path: Path) -> None:
     masked, _ = network()
     offramp.save_deployed(masked.deploy(), tmp_path)  # type: ignore[arg-type]

@@ -53,19 +53,19 @@ def save_deployed(fast: Adaptive | Sparse, folder: Path | str) -> Path:
     tensors = _weights(fast)
     heads = {name: head.spec.to_json() if hasattr(head, "spec") else None  # type: ignore[union-attr, operator]
              for _, body, names in _bodies(fast) for name, head in zip(names, body[1:], strict=True)}
-    args, kwargs = fast.masked.net.traced.example() if isinstance(fast, Sparse) else fast.example
+    args, kwargs = fast.example
     examples: dict[str, Tensor] = {}
     inputs = {"args": [_describe(f"inputs.{i}", leaf, examples) for i, leaf in enumerate(args)],
               "kwargs": {name: _describe(f"inputs.{name}", leaf, examples) for name, leaf in kwargs.items()}}
     page: dict[str, Any] = {"format": _FORMAT, "heads": heads, "inputs": inputs}
     if isinstance(fast, Sparse):
-        page |= {"version": _MASKS, "masks": fast.masked.rule, "form": {"dense_above": fast.dense_above},
-                 "fingerprint": fingerprint_of(fast.masked)}
+        page |= {"version": _MASKS, "masks": fast.masked.rule, "fingerprint": fingerprint_of(fast.masked),
+                 "form": {"dense_above": fast.dense_above, "dtype": _named(fast.dtype)}}
     else:
         build = fast.build
         page |= {
             "version": _WIDTHS if fast.parts else _PLAIN, "plan": plan_to_json(fast.plan),
-            "form": {"dtype": str(build.dtype).removeprefix("torch.") if build.dtype else None,
+            "form": {"dtype": _named(build.dtype),
                      "channels_last": build.channels_last, "fold": build.fold},
             "fingerprint": fingerprint_of(fast.body),
             **({"widths": [part._asdict() for part in fast.parts]} if fast.parts else {}),
@@ -141,13 +141,17 @@ def load_deployed(
     return fast  # type: ignore[no-any-return]
 
 
+def _named(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _form(form: Mapping[str, Any], masked: bool) -> dict[str, Any]:
     """How it was deployed."""
+    dtype = None if form.get("dtype") is None else _DTYPES[form["dtype"]]
     if masked:
         above = form["dense_above"]  # "measured" is so again by the machine that loads it
-        return {"dense_above": above if above == "measured" else float(above)}
-    dtype = form["dtype"]
-    return {"dtype": None if dtype is None else _DTYPES[dtype], "channels_last": bool(form["channels_last"]),
+        return {"dense_above": above if above == "measured" else float(above), "dtype": dtype}
+    return {"dtype": dtype, "channels_last": bool(form["channels_last"]),
             "fold": bool(form["fold"])}
 
 

@@ -151,6 +151,7 @@ def test_active_places_are_read_in_the_type_of_what_they_are_written_to(isa: str
     runner = kernel.Kernel(sketch.program([first]), dtype=torch.bfloat16, isa=isa)
     x = torch.randn(3, 20, 30, generator=sketch.draw)
     x[0, :3, 0] = torch.tensor([torch.inf, torch.nan, 1.00390625])
+    x[0, 3, 0] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)  # a NaN that rounding carries over
     runner.write(first, x)
     mask = mask_of("random", 20, 30, 0.5, sketch.draw) | (torch.arange(30) == 0)
     runner.settle(mask)

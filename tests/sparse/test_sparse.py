@@ -46,6 +46,25 @@ def test_an_hrnet_at_any_size(trunk: tuple[Masked, Tensor]) -> None:
     assert len(convs) == len(masked.lams), "one operation each, with its norm, addition and activation"
 
 
+@pytest.mark.parametrize("runner", ["auto", *RUNNERS])
+@torch.no_grad()
+def test_in_bfloat16(runner: Any) -> None:
+    """Under the masks of the network in float32, so that only rounding differs; logits are float32."""
+    net, x = mixed(end="dict")
+    masked = mask_(net, confidence="random", share=0.4)
+    fast = deploy(masked, dtype=torch.bfloat16, runner=runner)
+    theirs, ours = masked.answers(x), fast.answers(x)
+    assert all(map(torch.equal, ours.masks, theirs.masks))
+    for mine, logits in zip(ours.logits, theirs.logits, strict=True):
+        assert mine.dtype == torch.float32
+        assert 1e-4 < (mine - logits).std() / logits.std() < 0.02
+    (lowered, runners), = fast._programs.values()
+    assert _kernel.ops.Conv in map(type, lowered.program.segments[0].ops)
+    if runner != "plain" and _kernel.available():
+        assert [one.dtype for one in runners if isinstance(one, _kernel.Kernel)] == [torch.bfloat16]
+    assert fast(x)["out"].dtype == torch.float32 and deploy(masked, dtype=torch.float32).dtype == torch.float32
+
+
 @torch.no_grad()
 def test_an_hrnet_with_plain_heads() -> None:
     net, x = hrnet((90, 61), "plain")

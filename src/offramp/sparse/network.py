@@ -72,11 +72,11 @@ class Sparse(Refining, nn.Module):
     interpolated, so that its active places see better neighbours than the masked network's; settled logits stay.
     ``measured``: of each stage its own, as ``fast.measure`` found it; of sizes that were never measured none."""
 
-    def __init__(self, masked: Masked, *, engine: Engine, runner: Callable[[Program], Runner],
-                 dense_above: float | Literal["measured"]) -> None:
+    def __init__(self, masked: Masked, *, engine: Engine, dtype: torch.dtype | None,
+                 runner: Callable[[Program], Runner], dense_above: float | Literal["measured"]) -> None:
         """masked: to keep."""
         super().__init__()
-        self.dense_above, self.engine, self._make = dense_above, engine, runner
+        self.dense_above, self.engine, self.dtype, self._make = dense_above, engine, dtype, runner
         self.pace, self.deadlines = Pace(), Deadlines()
         self._rigs: dict[nn.Module, tuple[str, bool]] = {
             layer: (layer._offramp_mask.key, layer._offramp_mask.says) for layer in masked.net.modules()
@@ -84,7 +84,8 @@ class Sparse(Refining, nn.Module):
         net = masked.eval().unmask_()
         self.masked = masked  # its layers are plain ones now; it still says where the network goes on
         _fold_first_(masked)
-        build = Build(engine=engine, dtype=None, channels_last=True, fold=False)
+        self.example = net.traced.example()  # of the type that the network has where it is built again
+        build = Build(engine=engine, dtype=dtype, channels_last=True, fold=False)
         self._begins = Legs((), net.traced, build.convert_(net.backbone), build)
         self._heads = [build.convert_(net.head(net.columns[net.columns_at(k)[0]].name)) for k in range(len(net.sites))]
         self._stages = [stage.compiled(_compiled if engine == "compile" else direct) for stage in net.stages]
@@ -150,7 +151,8 @@ class Sparse(Refining, nn.Module):
             state, coarse = state.select(torch.tensor([0], device=coarse.device)), coarse[:1]
         with self._lent(state, coarse) as (lowered, lend):
             runner = lend()
-            how = {"engine": self.engine, "runner": type(runner).__name__, "isa": _kernel.isa()}
+            how = {"engine": self.engine, "runner": type(runner).__name__, "isa": _kernel.isa(),
+                   "dtype": self.dtype}
             key = key_of(lowered.program, **how)
             found = None if again else kept(key)
             if found is None:
@@ -169,7 +171,15 @@ class Sparse(Refining, nn.Module):
     @torch.inference_mode()
     def _first(self, args: Any, kwargs: Any) -> tuple[State, Tensor, Resizing]:
         state = self._stages[0](self._begins.begin(*args, **kwargs))
-        return state, *coarse_logits(self._heads[0], state.tensors)
+        return state, *self._said(self._heads[0], state)
+
+    def _said(self, head: nn.Module, state: State) -> tuple[Tensor, Resizing]:
+        coarse, resize = coarse_logits(head, state.tensors)
+        return self._wide(coarse), resize
+
+    def _wide(self, logits: Tensor) -> Tensor:
+        """Logits in float32, where the network is narrower: what is sure is read off them."""
+        return logits if self.dtype is None else logits.to(torch.promote_types(self.dtype, torch.float32))
 
     def _parts(self, args: Any, kwargs: Any) -> Iterator[tuple[State, Tensor, Resizing]]:
         """Image by image, so that one runner serves them all; together where what one is asked hangs on the others."""
@@ -271,14 +281,14 @@ class Sparse(Refining, nn.Module):
         """Stage k on all places: the state after it, and its exit's logits as they are carried over."""
         if k < len(self._heads):
             after = self._stages[k](state)
-            return after, coarse_logits(self._heads[k], after.tensors)[0]
+            return after, self._said(self._heads[k], after)[0]
         if end is None:
-            return None, self.masked.net.logits(self._stages[k](state))
-        return None, end(*state.tensors, *state.carried, *state.values)
+            return None, self._wide(self.masked.net.logits(self._stages[k](state)))
+        return None, self._wide(end(*state.tensors, *state.carried, *state.values))
 
 
 def deploy(
-    masked: Masked, *, engine: Engine = "eager",
+    masked: Masked, *, engine: Engine = "eager", dtype: torch.dtype | None = None,
     runner: Literal["auto", "kernel", "triton", "plain"] = "auto",
     dense_above: float | Literal["measured"] = 1.0,
 ) -> Sparse:
@@ -288,12 +298,13 @@ def deploy(
     those of ``masked`` up to rounding.
 
     engine: "compile" gives what runs densely to ``torch.compile`` with frozen weights.
-    runner: "kernel" is the compiled one, for float32 on the CPU; "triton" is for CUDA devices, where Triton is
-        installed; "plain" runs everywhere, by PyTorch alone, and is slower than no mask where much is active. "auto"
-        takes one of the first two where it can.
-    dense_above: share of active places above which an image runs densely (:attr:`Sparse.dense_above`); at 1, never, and
-        answers are the same on all machines. "measured": where this machine is faster so, by stage; that is measured
-        here for inputs of the example's size, for up to ten seconds, once a machine (:meth:`Sparse.measure`).
+    dtype: float32 or bfloat16, of weights and inputs, before the first exit and after it; logits are float32 then.
+    runner: "kernel" is the compiled one, for float32 and bfloat16 on the CPU; "triton" is for CUDA devices, where
+        Triton is installed; "plain" runs everywhere, by PyTorch alone, and is slower than no mask where much is active.
+        "auto" takes one of the first two where it can.
+    dense_above: share of active places above which an image runs densely (:attr:`Sparse.dense_above`); at 1, never,
+        and answers are the same on all machines. "measured": where this machine is faster so, by stage; that is
+        measured here for inputs of the example's size, for up to ten seconds, once a machine (:meth:`Sparse.measure`).
 
     OfframpError where ``masked`` has a reach of its own, or is switched off; at the first call of a size, where a layer
     after the first exit cannot run so, with all of these.
@@ -307,8 +318,8 @@ def deploy(
         raise OfframpError(expected="engine 'eager' or 'compile', and runner 'auto', 'kernel', 'triton' or 'plain'",
                            got=f"{engine!r} and {runner!r}", where=where)
     make: dict[str, Callable[[Program], Runner]] = {
-        "auto": _best, "kernel": _kernel.Kernel, "triton": _on_triton, "plain": Plain}
-    fast = Sparse(copy.deepcopy(masked), engine=engine, runner=make[runner], dense_above=dense_above)
+        "auto": _best, "kernel": _on_kernel, "triton": _on_triton, "plain": Plain}
+    fast = Sparse(copy.deepcopy(masked), engine=engine, dtype=dtype, runner=make[runner], dense_above=dense_above)
     if dense_above == "measured":
         args, kwargs = masked.net.traced.example()
         fast.measure(*args, **kwargs)
@@ -323,11 +334,22 @@ def _size_of(state: State, coarse: Tensor) -> Any:
 
 def _best(program: Program) -> Runner:
     """The kernel or Triton's where they can."""
-    fits = all(op.weight.dtype == torch.float32 and op.weight.device.type == "cpu"
-               for part in program.segments for op in part.ops if isinstance(op, Conv))
-    if fits and _kernel.available() and not _kernel.faults(program):
-        return _kernel.Kernel(program)
+    held = _held(program)
+    if len(held) == 1 and held <= {(torch.float32, "cpu"), (torch.bfloat16, "cpu")} and _kernel.available():
+        if not _kernel.faults(program):
+            return _on_kernel(program)
     return Triton(program) if suits(program) else Plain(program)
+
+
+def _on_kernel(program: Program) -> Runner:
+    narrow = _held(program) == {(torch.bfloat16, "cpu")}
+    return _kernel.Kernel(program, dtype=torch.bfloat16 if narrow else torch.float32)
+
+
+def _held(program: Program) -> set[tuple[torch.dtype, str]]:
+    """The types of its convolutions' weights, and where these are."""
+    return {(op.weight.dtype, op.weight.device.type)
+            for part in program.segments for op in part.ops if isinstance(op, Conv)}
 
 
 def _on_triton(program: Program) -> Runner:
