@@ -117,6 +117,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         "weight": [8, 3, 3, 3]}}}}}
     refused("forward", widths=[evil, second])
     refused("0.5/backbone.one.0.weight", widths=[{**first, "sizes": second["sizes"]}, second])
-    refused("upgrade", version=3)
+    refused("upgrade", version=4)
     with pytest.raises(FileFormatError):
         offramp.load_deployed(Bare, tmp_path)

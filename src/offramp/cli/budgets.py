@@ -8,7 +8,7 @@ from offramp.choose.guarantee import guarantee
 from offramp.choose.plan import save_plan
 from offramp.choose.schedule import schedule
 from offramp.cli.folder import Run
-from offramp.cli.masks import setting_of
+from offramp.cli.masks import refuse_for_masks
 from offramp.cli.say import Settled, fail
 from offramp.policies import (
     EENet,
@@ -38,7 +38,7 @@ def compare_run(run: Run, *, by: str, budgets: str, unit: str, batch: int, quiet
     """Fitted on the calibration split, judged on the test split; the page is ``comparison.html`` in the run."""
     names = by.split(",")
     _known(names, "some of")
-    setting_of(run.manifest.mask, "compare")
+    refuse_for_masks(run.manifest.mask, "compare", "compare")
     if unit not in ("macs", "latency_ms"):
         fail(f"--unit: expected macs or latency_ms, but got {unit!r}.")
     with Settled("comparing", quiet=quiet) as told:
@@ -55,7 +55,7 @@ def schedule_run(run: Run, *, by: str | None, budget: str | None, max_drop: floa
 
     With a ``confidence`` it is fitted on one half of the calibration split and certified on the other.
     """
-    setting_of(run.manifest.mask, "a policy for each image", "--by")
+    refuse_for_masks(run.manifest.mask, "a policy for each image", "--by")
     name = by or "stopping"
     _known([name], "one of")
     if budget is None and confidence is None:

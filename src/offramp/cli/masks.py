@@ -22,7 +22,10 @@ from offramp.sparse import Sparse
 from offramp.sparse import deploy as deploy_masked
 from offramp.types import Plan
 
-__all__ = ["Until", "deployed", "masked", "own_ends", "redesigned_heads", "setting_of", "to_its_end", "unmasked"]
+__all__ = [
+    "Until", "deployed", "masked", "own_ends", "redesigned_heads", "refuse_for_masks", "setting_of", "to_its_end",
+    "unmasked",
+]
 
 CHANNELS = 64
 """Of redesigned heads unless said: ADP-C's on HRNet-W18 and for poses."""
@@ -87,19 +90,25 @@ def to_its_end() -> Plan:
                 asked={"setting": "budgeted"})
 
 
-def setting_of(mask: Mapping[str, Any], asked: str | None, flag: str = "--setting") -> str:
+def setting_of(mask: Mapping[str, Any], asked: str | None) -> str:
     """The setting of a search; OfframpError where there is none such, or masks leave no choice."""
+    if mask:
+        if asked not in (None, "budgeted"):
+            refuse_for_masks(mask, asked, "--setting")
+        return "budgeted"
     known = ("input_dependent", "budgeted", "anytime")
-    if not mask and asked in (None, *known):
-        return asked or "input_dependent"
-    if not mask:
-        raise OfframpError(expected=", ".join(known), got=repr(asked), where=flag)
-    if asked not in (None, "budgeted"):
+    if asked not in (None, *known):
+        raise OfframpError(expected=", ".join(known), got=repr(asked), where="--setting")
+    return asked or "input_dependent"
+
+
+def refuse_for_masks(mask: Mapping[str, Any], asked: str, where: str) -> None:
+    """OfframpError where masks leave no other choice than where the network ends."""
+    if mask:
         raise OfframpError(
-            expected="--setting budgeted for a masked network: at which of its exits it ends", got=asked, where=flag,
+            expected="--setting budgeted for a masked network: at which of its exits it ends", got=asked, where=where,
             todo="it goes on pixel by pixel, and a table has the mean of what that costs, not that of single images; "
                  "it answers by a deadline with any plan: offramp run IMAGES --model RUN --deadline-ms 30.")
-    return "budgeted"
 
 
 def own_ends(network: nn.Module, model: str) -> list[str]:

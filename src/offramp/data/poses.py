@@ -100,8 +100,8 @@ def crop_of(centre: tuple[float, float], side: float, size: tuple[int, int], *, 
 
     The middle is (W / 2, H / 2), as the authors have it. ``degrees`` turns the picture anticlockwise as it is seen.
 
-    >>> crop_of((10, 20), 8, (4, 4)).tolist()
-    [[0.5, 0.0, -3.0], [0.0, 0.5, -8.0]]
+    >>> (crop_of((10, 20), 8, (4, 4)) @ [14, 20, 1]).tolist()
+    [4.0, 2.0]
     """
     height, width = size
     by, angle = min(height, width) / side, math.radians(degrees)

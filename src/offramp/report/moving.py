@@ -61,7 +61,7 @@ def frames(elapsed_ms: Sequence[float], slow: float) -> list[Frame]:
     would come within 20 ms of each other, or the whole last more than two minutes.
 
     >>> [(one.at_ms, one.spoken, one.duration_ms) for one in frames([1.0, 2.5], 50)]
-    [(0.0, 0, 50), (1.0, 1, 80), (2.5, 2, 3000)]
+    [(0.0, 0, 50), (1.0, 1, 70), (2.5, 2, 3000)]
     """
     come = [_GRID * round(ms * slow / _GRID) for ms in elapsed_ms]
     if any(after - before < _LEAST for before, after in zip([0, *come], come, strict=False)) or come[-1] > _LONGEST:
