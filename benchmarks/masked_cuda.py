@@ -137,7 +137,7 @@ def network(args: argparse.Namespace, sheet: Sheet, name: str, precision: str) -
         with torch.no_grad():
             state = net.stages[0](net.begin(x))
         dense = dense_of(net, state, args.engines)
-        fast = Sparse(copy.deepcopy(offramp.mask_(net)), engine="eager", runner=Triton, dense_above=1.0)
+        fast = Sparse(copy.deepcopy(offramp.mask_(net)), engine="eager", runner=Triton, dense_above=1.0, dtype=None)
     first = fast._first((x,), {})
     with fast._lent(*first[:2]) as (lowered, _):
         runner, plain = Triton(lowered.program), Plain(lowered.program)

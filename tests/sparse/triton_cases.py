@@ -233,7 +233,7 @@ def of_a_masked_network(device: str) -> None:
     """From end to end, against the dense simulation."""
     net, x = mixed((16, 20), batch=2)
     masked = mask_(net.to(device), share=0.5)
-    fast = Sparse(copy.deepcopy(masked), engine="eager", runner=Triton, dense_above=1.0)
+    fast = Sparse(copy.deepcopy(masked), engine="eager", runner=Triton, dense_above=1.0, dtype=None)
     with torch.no_grad():
         masks = alike(masked, fast, x.to(device))
     assert 0 < float(masks[0].float().mean()) < 1
