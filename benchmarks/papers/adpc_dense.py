@@ -130,7 +130,8 @@ def made(net: nn.Module, engine: str, tensors: Sequence[Tensor], dtype: torch.dt
     if engine == "openvino":
         import openvino
 
-        model = openvino.convert_model(net, example_input=tuple(tensors), input=[list(x.shape) for x in tensors])
+        # exported: sizes that are rounded on their way cannot be traced
+        model = openvino.convert_model(torch.export.export(net, tuple(x.contiguous() for x in tensors)))
         ready = openvino.compile_model(model, "CPU", {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16"})
@@ -138,5 +139,5 @@ def made(net: nn.Module, engine: str, tensors: Sequence[Tensor], dtype: torch.dt
         return lambda: request.infer(inputs)
     net = copy.deepcopy(net).to(dtype=dtype, memory_format=torch.channels_last)
     ours = [x.to(dtype=dtype, memory_format=torch.channels_last) for x in tensors]
-    run: Any = torch.compile(net, options={"freezing": True}) if engine == "compile" else net
+    run: Any = torch.compile(net, dynamic=False, options={"freezing": True}) if engine == "compile" else net
     return lambda: run(*ours)
