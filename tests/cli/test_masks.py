@@ -14,13 +14,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cli.test_cli import call, one_thread, photos_in, refused  # noqa: F401
-from offramp.choose.plan import save_plan
+from offramp.choose.plan import load_plan, save_plan
 from offramp.cli.folder import Run, inside
 from offramp.cli.masks import own_ends, to_its_end
 from offramp.cli.predict import images_of
 from offramp.models import load_model
 from offramp.nn.masked import Masked
 from offramp.nn.redesigned import RedesignedSpec
+from offramp.policies.thresholds import Thresholds
 
 DATA = "scenes?n=8&size=32x48"
 HOW = ("offramp:scenes_dense", "--data", DATA, "--exits", 2, "--heads", "redesigned:4", "--mask", "top")
@@ -65,6 +66,20 @@ def test_a_run_is_rebuilt_from_its_folder_and_recorded_beside_the_untouched_netw
         right = (logits.argmax(1) == labels).flatten(1).sum(1)
         assert table.confusion[:, e].diagonal(dim1=1, dim2=2).sum(1).tolist() == right.tolist()
     assert table.costs.macs[:3] == tuple(macs.double().mean(0).round().long().tolist())
+
+
+def test_a_plan_that_does_without_masks_runs_and_one_of_other_masks_does_not(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    call("search", other, "--max-drop", 0)
+    found, _ = opened(other)
+    plan = replace(load_plan(other / "plan.json"), exits=(), policy=Thresholds(thresholds=()))
+    assert plan.fingerprints["model"]
+    save_plan(plan, other / "plan.json")  # as the search has it where no mask keeps what is asked
+    photos = photos_in(tmp_path / "photos")
+    call("run", photos, "--model", other, "--out", tmp_path / "seen")
+    found.manifest.mask["threshold"] = 0.9
+    found.save()
+    assert "other weights or masks" in refused("run", photos, "--model", other, "--out", tmp_path / "more")
 
 
 def test_lambdas_are_kept_and_read_back(run: Path, tmp_path: Path) -> None:

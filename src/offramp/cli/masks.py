@@ -2,19 +2,20 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import OfframpError
+from offramp.errors import OfframpError, PlanError
 from offramp.graph import place, sites
 from offramp.nn.masked import Masked, mask_
 from offramp.nn.multiexit import MultiExit
 from offramp.nn.redesigned import RedesignedSpec, redesigned
 from offramp.nn.slim import Slimmable
 from offramp.policies.thresholds import Thresholds
-from offramp.record import MASKED_END
+from offramp.record import MASKED_END, model_fingerprint
 from offramp.runtime import Adaptive, deploy
 from offramp.runtime.anytime import Refined
 from offramp.runtime.pace import Deadlines
@@ -77,8 +78,12 @@ def deployed(net: MultiExit | Slimmable | Masked, plan: Plan, *, engine: Any, de
     names = [*plan.exits, "final"]
     if not isinstance(net, Masked):
         return deploy(net, plan, engine=engine).to(device), names
-    if not plan.exits:
-        return deploy(unmasked(net), plan, engine=engine).to(device), names
+    if (made_for := plan.fingerprints.get("model")) and made_for != model_fingerprint(net):
+        raise PlanError(expected="a plan for this network", where="a masked network's plan",
+                        got=f"network {made_for}, this one is {model_fingerprint(net)}: other weights or masks",
+                        todo="offramp record and offramp search make one.")
+    if not plan.exits:  # the plan is of the network with its masks, and chose to do without
+        return deploy(unmasked(net), replace(plan, fingerprints={}), engine=engine).to(device), names
     names = [*(column.name for column in net.net.columns[:-1]), MASKED_END]
     end = names.index(plan.exits[0])
     return Until(deploy_masked(net, engine=engine), end), names[:end + 1]
