@@ -51,6 +51,9 @@ def main() -> None:
     options.add_argument("--part", choices=sorted(PARTS), action="append", help="several may be given; all by default")
     options.add_argument("--network", default="hrnet_w48/3", help="that is trained; /3: with a third of its channels")
     options.add_argument("--size", default="96x128", help="of the pictures that are trained on")
+    options.add_argument("--start-size", help="of the pictures that the start was trained on; --size by default")
+    options.add_argument("--halvings", type=int, nargs=3, default=ROWS["RH"],
+                         help="of redesigned heads: 3 2 1 in the paper, on sides ten times as long")
     options.add_argument("--scenes", type=int, default=600, help="pictures to draw and to train on")
     options.add_argument("--epochs", type=int, default=20)
     options.add_argument("--start", choices=("trained", "nothing"), default="trained", help="what the rows start from")
@@ -66,7 +69,7 @@ def main() -> None:
         args.work, args.epochs, args.size, args.scenes = args.work / "quick", 1, "64x96", 16
         args.network = "hrnet_w18_small/2"
     for part in args.part or PARTS:
-        where = "" if part == "macs" else f"-{args.on}"
+        where = "" if part == "macs" else f"-{args.on}-{args.size}"
         PARTS[part](args, Sheet(f"adpc-{part}{where}" + "-quick" * args.quick))
 
 
@@ -219,6 +222,7 @@ def gap(curves: dict[str, list[Reached]], better: str, worse: str, *, last: bool
 def heads(args: argparse.Namespace, sheet: Sheet) -> None:
     """Fig. 6: halving the map N - i times before exit i is best at every exit."""
     found: dict[str, list[Reached]] = {}
+    args = argparse.Namespace(**{**vars(args), "halvings": ROWS["RH"]})
     for seed in args.seeds:
         for row in ("RH", "D = 1/1/1", "D = 3/3/3"):
             found.setdefault(row, []).append(reached(args, trained(args, row, seed), row, seed, "test"))

@@ -31,7 +31,7 @@ from adpc_masks import kept  # noqa: E402
 
 import offramp  # noqa: E402
 from claims import Sheet  # noqa: E402
-from offramp._kernel.ops import Conv  # noqa: E402
+from offramp._kernel.ops import Conv, Program  # noqa: E402
 from offramp.cost.latency import measure, with_steady_allocator_  # noqa: E402
 from offramp.functional.masking import band  # noqa: E402
 from offramp.models import load_model  # noqa: E402
@@ -112,6 +112,7 @@ def network(args: argparse.Namespace, sheet: Sheet, name: str) -> None:
     if args.masks:
         masks = kept(args.masks, args.data, size)
     parts = args.part or ["whole", "branches"]
+    ready: dict[int, tuple[Branch, Any, Any]] = {}
     for one in masks:
         held.masks = one
         density = float(one[0].float().mean())
@@ -125,14 +126,16 @@ def network(args: argparse.Namespace, sheet: Sheet, name: str) -> None:
             for part, call in calls.items():
                 compared(args, sheet, f"{what}, {part}", call, dense[part], float(ratios[part]), density)
         if "branches" in parts:
-            branches(args, sheet, what, fast, first, one[0])
+            with fast._lent(*first[:2]) as (lowered, _):
+                program = lowered.program
+            ready = ready or _branches(args, fast, program)
+            branches(args, sheet, what, program, ready, one[0])
 
 
-def branches(args: argparse.Namespace, sheet: Sheet, what: str, fast: Any, first: Any, mask: Tensor) -> None:
-    """What writes maps of one size, all stages after the first exit together, its inputs being there already."""
-    with fast._lent(*first[:2]) as (lowered, _):
-        program = lowered.program
-    for at, level in enumerate(program.levels):
+def _branches(args: argparse.Namespace, fast: Any, program: Program) -> dict[int, tuple[Branch, Any, Any]]:
+    """By level, its layers as a module, the sparse side's runner and the engines of the dense one."""
+    found = {}
+    for at in range(len(program.levels)):
         part = restricted(program, at)
         if not any(isinstance(op, Conv) for op in part.segments[0].ops):
             continue
@@ -142,6 +145,16 @@ def branches(args: argparse.Namespace, sheet: Sheet, what: str, fast: Any, first
         runner = fast._make(part)
         for i, given in zip(branch.inputs, maps, strict=True):
             runner.write(i, given[0])
+        with torch.no_grad():
+            found[at] = branch, runner, _engines(args, branch, maps)
+    return found
+
+
+def branches(args: argparse.Namespace, sheet: Sheet, what: str, program: Program,
+             ready: Mapping[int, tuple[Branch, Any, Any]], mask: Tensor) -> None:
+    """What writes maps of one size, all stages after the first exit together, its inputs being there already."""
+    for at, (branch, runner, engines) in ready.items():
+        level = program.levels[at]
 
         def call(runner: Any = runner) -> None:
             runner.settle(mask[0, 0])
@@ -149,10 +162,8 @@ def branches(args: argparse.Namespace, sheet: Sheet, what: str, fast: Any, first
 
         call()
         here = F.interpolate(mask.to(torch.uint8), (level.height, level.width), mode="nearest").bool()
-        outputs = sum(len(op.weight) for op in part.segments[0].ops if isinstance(op, Conv))
+        outputs = sum(len(op.weight) for op in branch.program.segments[0].ops if isinstance(op, Conv))
         sparse = int(here.sum()) * branch.macs() + len(band(here, "halo").sources) * outputs
-        with torch.no_grad():
-            engines = _engines(args, branch, maps)
         compared(args, sheet, f"{what}, branch {level.height}x{level.width}", call, engines,
                  branch.macs() * here.numel() / sparse, None)
 

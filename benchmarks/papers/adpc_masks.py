@@ -18,7 +18,8 @@ def kept(work: Path, data: Path, size: tuple[int, int], count: int = 6) -> list[
 
     args = argparse.Namespace(
         data=data, work=work, on="camvid", network="hrnet_w48/3", size="96x128", scenes=600, epochs=20,
-        start="trained", threshold=0.998, lr=0.01, device="cpu", precision="bf16", progress=False, quick=False)
+        start="trained", threshold=0.998, lr=0.01, device="cpu", precision="bf16", progress=False, quick=False,
+        start_size=None, halvings=(3, 2, 1))
     folder = folder_of(args, "RH + CA", 0)
     if not folder.is_dir():
         raise SystemExit(f"no run in {folder}: python benchmarks/papers/adpc.py --part train --on camvid makes it")

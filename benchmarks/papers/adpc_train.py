@@ -87,6 +87,7 @@ def channels_of(args: argparse.Namespace) -> int:
 
 def start(args: argparse.Namespace) -> Path:
     """Weights of the whole network, by AdamW: few steps from far away are slow with SGD at the paper's rate."""
+    args = argparse.Namespace(**{**vars(args), "size": args.start_size or args.size})
     folder = args.work / f"start-{args.network.replace('/', 'by')}-{args.on}-{args.size}"
     path = folder / "weights.safetensors"
     if not path.is_file():
@@ -121,7 +122,7 @@ def trained(args: argparse.Namespace, row: str, seed: int) -> offramp.MultiExit 
     guest = guest_of(args, seed)
     if args.start == "trained":
         guest.load_state_dict(safetensors.torch.load_file(start(args)))
-    halvings, channels = ROWS[row], channels_of(args)
+    halvings, channels = args.halvings if row.startswith("RH") else ROWS[row], channels_of(args)
     torch.manual_seed(seed)
     heads = {} if halvings is None else {
         end: offramp.RedesignedSpec(down=down, channels=channels if down else None)
@@ -137,6 +138,8 @@ def folder_of(args: argparse.Namespace, row: str, seed: int) -> Path:
     kind = "-".join((args.on, args.network.replace("/", "by"), args.size, str(args.epochs), f"{args.lr:g}",
                      args.precision, "from", args.start))
     rule = f"-{args.threshold:g}" if row.endswith("CA") else ""
+    if row.startswith("RH") and tuple(args.halvings) != ROWS["RH"]:
+        row = f"{row} {'/'.join(map(str, args.halvings))}"
     return Path(args.work / kind / f"{row.replace(' ', '').replace('/', '')}{rule}-seed{seed}")
 
 

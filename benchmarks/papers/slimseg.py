@@ -61,6 +61,8 @@ def main() -> None:
     options.add_argument("--radius", type=int, choices=(1, 3, 5), default=3,
                          help="of boundaries, in pixels: 3 in the paper, on sides ten times as long")
     options.add_argument("--boundary-weight", type=float, default=10.0, help="of the boundary's loss: 10 in the paper")
+    options.add_argument("--no-ohem", dest="ohem", action="store_false",
+                         help="labels teach all pixels, as wider widths do, not the hard ones alone")
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--repeats", type=int, default=9)
     options.add_argument("--device", default="cpu")

@@ -63,11 +63,11 @@ def fresh(args: argparse.Namespace, seed: int) -> nn.Module:
 def start(args: argparse.Namespace) -> Path:
     """Weights of the whole network, by AdamW: few steps from far away are slow with SGD at the paper's rate."""
     folder = args.work / f"start-{args.network}-{args.size}"
-    path = folder / "weights.safetensors"
+    path = folder / f"{args.on}.safetensors"
     if not path.is_file():
         torch.manual_seed(0)
         net = load_model(f"offramp:{args.network}?num_classes=11")
-        for on, epochs in (("scenes", 12), ("camvid", 40)) if args.on == "camvid" else (("scenes", 20),):
+        for on, epochs in (("scenes", 12), ("camvid", 40))[:2 if args.on == "camvid" else 1]:
             how = replace(recipe(args, net, 0, "seg", None), epochs=1 if args.quick else epochs, optimiser="adamw",
                           lr=1e-3, weight_decay=0.02, schedule="cosine", warmup=0.05, clip=1.0)
             train, _ = splits(argparse.Namespace(**{**vars(args), "on": on}))
@@ -90,7 +90,8 @@ def recipe(args: argparse.Namespace, net: nn.Module, seed: int, losses: str, tea
     crop = (high * 3 // 4 // 8 * 8, wide * 3 // 4 // 8 * 8)
     return offramp.recipes.slim(
         epochs=args.epochs, boundary=net.low_level if weights[0] else None, weights=weights, distill=teacher,
-        radius=args.radius, lr=args.lr, batch_size=8, seed=seed, augment_pair=scale_crop_flip(crop=crop))
+        ohem=args.ohem, radius=args.radius, lr=args.lr, batch_size=8, seed=seed,
+        augment_pair=scale_crop_flip(crop=crop))
 
 
 def trained(args: argparse.Namespace, name: str, net: nn.Module, how: offramp.Recipe) -> dict[float, float]:
@@ -131,4 +132,5 @@ def _how(args: argparse.Namespace, losses: str) -> str:
     """What differs from the paper, in the names of those runs that read it."""
     boundary, guided = LOSSES[losses]
     weight = f"-w{args.boundary_weight:g}" if boundary and args.boundary_weight != 10 else ""
-    return (f"-r{args.radius}" if (boundary or guided) and args.radius != 3 else "") + weight
+    radius = f"-r{args.radius}" if (boundary or guided) and args.radius != 3 else ""
+    return radius + weight + "-easy" * (not args.ohem)
