@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from adpc import TABLE1  # noqa: E402
-from adpc_train import Reached, example, fit, reached, recipe, split_of, trained  # noqa: E402
+from adpc_train import ROWS, Reached, example, fit, reached, recipe, split_of, trained  # noqa: E402
 
 import offramp  # noqa: E402
 from claims import Sheet  # noqa: E402
@@ -48,7 +48,7 @@ def main() -> None:
     options.add_argument("--progress", action="store_true")
     options.add_argument("--quick", action="store_true")
     args = options.parse_args()
-    args.on, args.start = "scenes", "trained"
+    args.on, args.start, args.start_size, args.halvings = "scenes", "trained", None, ROWS["RH"]
     if args.quick:
         args.work, args.epochs, args.size, args.scenes = args.work / "quick", 1, "64x96", 16
     sheet = Sheet("adpc-mdeq" + "-quick" * args.quick)

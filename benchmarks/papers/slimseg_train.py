@@ -67,6 +67,7 @@ def start(args: argparse.Namespace) -> Path:
     if not path.is_file():
         torch.manual_seed(0)
         net = load_model(f"offramp:{args.network}?num_classes=11")
+        args = argparse.Namespace(**{**vars(args), "radius": 3, "ohem": True})  # one start for all rows
         for on, epochs in (("scenes", 12), ("camvid", 40))[:2 if args.on == "camvid" else 1]:
             how = replace(recipe(args, net, 0, "seg", None), epochs=1 if args.quick else epochs, optimiser="adamw",
                           lr=1e-3, weight_decay=0.02, schedule="cosine", warmup=0.05, clip=1.0)

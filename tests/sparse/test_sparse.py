@@ -41,7 +41,7 @@ def test_an_hrnet_at_any_size(trunk: tuple[Masked, Tensor]) -> None:
         masks = agree(masked, plain, one)
         assert 0 < masks[1].float().mean() < masks[0].float().mean() < 1
         agree(masked, kernel, one)
-    lowered, _ = next(iter(plain._programs.values()))
+    lowered, _ = next(iter(plain._shelf._held.values()))
     convs = [op for part in lowered.program.segments for op in part.ops if isinstance(op, _kernel.ops.Conv)]
     assert len(convs) == len(masked.lams), "one operation each, with its norm, addition and activation"
 
@@ -58,7 +58,7 @@ def test_in_bfloat16(runner: Any) -> None:
     for mine, logits in zip(ours.logits, theirs.logits, strict=True):
         assert mine.dtype == torch.float32
         assert 1e-4 < (mine - logits).std() / logits.std() < 0.02
-    (lowered, runners), = fast._programs.values()
+    (lowered, runners), = fast._shelf._held.values()
     assert _kernel.ops.Conv in map(type, lowered.program.segments[0].ops)
     if runner != "plain" and _kernel.available():
         assert [one.dtype for one in runners if isinstance(one, _kernel.Kernel)] == [torch.bfloat16]
@@ -136,7 +136,7 @@ def test_its_convolutions_are_those_that_the_simulation_counts(trunk: tuple[Mask
         said, macs = masked.answers(x), masked.macs(x)[0]
         fast = deploy(masked, runner="plain")
         fast(x)
-        (lowered, runners), = fast._programs.values()
+        (lowered, runners), = fast._shelf._held.values()
         runner, program = runners[0], lowered.program
         for k, part in enumerate(program.segments):
             runner.settle(said.masks[k][0, 0])
@@ -215,7 +215,7 @@ def test_rows_sizes_and_threads_do_not_meet() -> None:
     with ThreadPoolExecutor(4) as pool:
         for one, ours in zip(alone, pool.map(torch.no_grad()(fast.forward), inputs), strict=True):
             close(ours, one)
-    assert len(fast._programs) <= 4 and all(len(idle) <= 2 for _, idle in fast._programs.values())
+    assert len(fast._shelf._held) <= 4 and all(len(idle) <= 2 for _, idle in fast._shelf._held.values())
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(one, said) for one in pool.map(torch.no_grad()(fast.forward), [x] * 8))
 

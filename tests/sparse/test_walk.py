@@ -126,6 +126,6 @@ def test_a_key_is_of_the_program_and_how_it_runs() -> None:
     fast: Any = offramp.mask_(net, share=0.4).deploy()
     for one in (x, x, torch.rand(1, 3, 31, 22)):
         fast(one)
-        programs.append([lowered.program for lowered, _ in fast._programs.values()][-1])
+        programs.append([lowered.program for lowered, _ in fast._shelf._held.values()][-1])
     keys = [crossover.key_of(program, engine="eager") for program in programs]
     assert keys[0] == keys[1] != keys[2] and crossover.key_of(programs[0], engine="compile") != keys[0]

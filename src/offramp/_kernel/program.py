@@ -95,9 +95,9 @@ class Kernel:
             self._inside(map_).copy_(x)
 
     def read(self, map_: int) -> Tensor:
-        """A copy of a kept map, (C, H, W) of ``dtype``; outside its region it holds anything."""
+        """A copy of a kept map, (C, H, W) of ``dtype``, place by place; outside its region it holds anything."""
         with self._alone("read"):
-            return self._inside(self._kept(map_, "read")).to(self.dtype, copy=True)
+            return self._inside(self._kept(map_, "read")).permute(1, 2, 0).to(self.dtype, copy=True).permute(2, 0, 1)
 
     def read_active(self, map_: int, out: Tensor) -> None:
         """Write what a kept map holds at its level's active places into ``out`` (C, H, W), float32 or bfloat16, and

@@ -25,7 +25,7 @@ from offramp.sparse._draft import Sum as SumStep
 from offramp.sparse._read import Cell, Masking, Reader
 from offramp.sparse._regions import Regions, nested
 
-__all__ = ["Lowered", "Masking", "lower"]
+__all__ = ["First", "Lowered", "Masking", "lower", "lower_first"]
 
 
 Resizing = Callable[[Tensor], Tensor]
@@ -47,6 +47,22 @@ class Lowered:
     end: fx.GraphModule | None
     """The last stage up to the convolution that says the network's logits; None where there is none such: these then
     are carried over at the output's size."""
+
+
+@dataclass(frozen=True, eq=False)
+class First:
+    """What leads to the first exit's logits, on all places, as a program of one segment."""
+
+    program: Program
+    inputs: tuple[int | None, ...]
+    """The map of each tensor that goes in; None where nothing reads it."""
+    logits: int
+    """The map of the logits before they are resized."""
+    live: tuple[tuple[bool, int], ...]
+    """Of each tensor that goes on whether it is one of the inputs as it is, and which, or its map."""
+    values: tuple[Any, ...]
+    """What goes on beside them: sizes, and the like."""
+    resize: Resizing
 
 
 class _Coarse(nn.Module):
@@ -98,6 +114,31 @@ def lower(net: MultiExit, masking: Mapping[nn.Module, Masking], state: State, fi
     says = next((layer for layer, found in masking.items() if found.says), None)
     end = None if says is None else _upto(net.stages[-1].module(state.program), says)
     return _placed(draft, frontiers, logits, first, [*resizes, partial(_chained, ending)], end)
+
+
+def lower_first(net: MultiExit, state: State) -> First:
+    """The program up to the first exit, for one image of the size of ``state``, which is of the network's inputs.
+
+    OfframpError where it does what the language of programs has no operation for, or more than tensors go on.
+    """
+    stage, head = net.stages[0].module(state.program), net.head(net.columns[net.columns_at(0)[0]].name)
+    reader = Reader({layer: Masking(1.0, False) for part in (stage, head) for layer in part.modules()
+                     if isinstance(layer, nn.Conv2d)})
+    given = [reader.given(tensor, i) for i, tensor in enumerate(state.tensors)]
+    outputs = list(reader.read(stage, [*given, *state.values]))
+    count = len(net.sites[0].live)
+    live = [one.value for one in outputs[:count] if isinstance(one, Cell)]
+    coarse, resize = _said(reader, head, live, state.tensors[0])
+    if reader.lasting or coarse is None or None in live or any(isinstance(one, Cell) for one in outputs[count:]):
+        raise _refusal(reader.faults or ["a stage that gives more tensors than go on"])
+    inputs = [cell.value for cell in given]
+    kept = [coarse, *(value for value in live if value is not None and value not in inputs)]
+    placed = _placed(fused(Draft([reader.emptied()], [kept])), [inputs], kept, coarse.level, (), None)
+    lies = dict(zip(kept, placed.logits, strict=True))
+    return First(
+        placed.program, placed.frontiers[0], lies[coarse],
+        tuple((True, inputs.index(value)) if value in inputs else (False, lies[value]) for value in live if value),
+        tuple(outputs[count:]), resize)
 
 
 def _said(

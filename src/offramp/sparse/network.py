@@ -2,8 +2,6 @@
 
 import copy
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +25,8 @@ from offramp.runtime._direct import direct
 from offramp.runtime._legs import Build, Call, Engine, Legs
 from offramp.runtime.anytime import Refining
 from offramp.runtime.pace import Deadlines, Pace
+from offramp.sparse._front import Front
+from offramp.sparse._shelf import Shelf
 from offramp.sparse._walk import Walk, hand_over, onward
 from offramp.sparse.crossover import Crossover, Stages, find, keep, kept, key_of
 from offramp.sparse.lower import Lowered, Masking, Resizing, lower
@@ -35,10 +35,6 @@ from offramp.sparse.triton import Triton, suits
 from offramp.types import Ahead, Step, Stop
 
 __all__ = ["Said", "Sparse", "deploy"]
-
-_SIZES = 4  # of inputs, whose programs are kept
-_IDLE = 2  # runners of each that wait for a call
-
 
 @dataclass(frozen=True, eq=False)
 class Said:
@@ -64,7 +60,7 @@ class Sparse(Refining, nn.Module):
     ``fast(x)`` is the network's own output, in type and keys; ``fast.answers(x)`` what ``masked.answers(x)`` says;
     ``fast.steps(x)`` gives one exit after another; ``fast.anytime(x, deadline_ms=30)`` and ``fast.predict`` are those
     of every :class:`~offramp.runtime.Refining`, given up within a stage too. Any number of threads may call. The part
-    up to the first exit runs densely, for the whole batch; after it images go one by one.
+    up to the first exit runs at all places; after it images go one by one.
     """
 
     dense_above: float | Literal["measured"]
@@ -90,9 +86,10 @@ class Sparse(Refining, nn.Module):
         self._heads = [build.convert_(net.head(net.columns[net.columns_at(k)[0]].name)) for k in range(len(net.sites))]
         self._stages = [stage.compiled(_compiled if engine == "compile" else direct) for stage in net.stages]
         self._answer = form_of(net.traced.output, net.logits(net.traced.output))
-        self._programs: OrderedDict[Any, tuple[Lowered, list[Runner]]] = OrderedDict()
+        self._shelf = Shelf(runner)
+        on_kernel = engine == "eager" and runner in (_best, _on_kernel)
+        self._front = Front(net, _suits_kernel, _on_kernel) if on_kernel else None
         self._crossovers: dict[Any, Crossover] = {}  # by size, as programs are
-        self._lock = threading.RLock()
         self.eval()
 
     def train(self, mode: bool = True) -> "Sparse":
@@ -170,7 +167,11 @@ class Sparse(Refining, nn.Module):
 
     @torch.inference_mode()
     def _first(self, args: Any, kwargs: Any) -> tuple[State, Tensor, Resizing]:
-        state = self._stages[0](self._begins.begin(*args, **kwargs))
+        state = self._begins.begin(*args, **kwargs)
+        found = None if self._front is None else self._front(state)
+        if found is not None:
+            return found[0], self._wide(found[1]), found[2]
+        state = self._stages[0](state)
         return state, *self._said(self._heads[0], state)
 
     def _said(self, head: nn.Module, state: State) -> tuple[Tensor, Resizing]:
@@ -218,29 +219,14 @@ class Sparse(Refining, nn.Module):
     @contextmanager
     def _lent(self, state: State, coarse: Tensor) -> Iterator[tuple[Lowered, Callable[[], Runner]]]:
         """The program of these inputs, and a function that lends one runner of it after another."""
-        key = _size_of(state, coarse)
-        with self._lock:
-            if key not in self._programs:
-                masking = {layer: Masking(float(self.masked.lams[lam].detach()), says)
-                           for layer, (lam, says) in self._rigs.items()}
-                with torch.inference_mode(False), torch.no_grad():
-                    self._programs[key] = lower(self.masked.net, masking, state, Level(*coarse.shape[2:])), []
-            self._programs.move_to_end(key)
-            while len(self._programs) > _SIZES:
-                self._programs.popitem(last=False)
-            lowered, idle = self._programs[key]
-        lent: list[Runner] = []
+        def lowered() -> Lowered:
+            masking = {layer: Masking(float(self.masked.lams[lam].detach()), says)
+                       for layer, (lam, says) in self._rigs.items()}
+            with torch.inference_mode(False), torch.no_grad():
+                return lower(self.masked.net, masking, state, Level(*coarse.shape[2:]))
 
-        def lend() -> Runner:
-            with self._lock:
-                lent.append(idle.pop() if idle else self._make(lowered.program))
-            return lent[-1]
-
-        try:
-            yield lowered, lend
-        finally:
-            with self._lock:
-                idle += lent[: max(0, _IDLE - len(idle))]
+        with self._shelf.lent(_size_of(state, coarse), lowered) as found:
+            yield found
 
     def _above(self, state: State, coarse: Tensor) -> Sequence[float]:
         """Of each stage after the first exit."""
@@ -297,7 +283,8 @@ def deploy(
     The network it comes from is left as it is and may go on training; weights are copied as they are now. Answers are
     those of ``masked`` up to rounding.
 
-    engine: "compile" gives what runs densely to ``torch.compile`` with frozen weights.
+    engine: "compile" gives what runs densely to ``torch.compile`` with frozen weights. With "eager" the part up to the
+        first exit runs on the compiled kernel too, image by image, where that is in use and has all its operations.
     dtype: float32 or bfloat16, of weights and inputs, before the first exit and after it; logits are float32 then.
     runner: "kernel" is the compiled one, for float32 and bfloat16 on the CPU; "triton" is for CUDA devices, where
         Triton is installed; "plain" runs everywhere, by PyTorch alone, and is slower than no mask where much is active.
@@ -334,11 +321,15 @@ def _size_of(state: State, coarse: Tensor) -> Any:
 
 def _best(program: Program) -> Runner:
     """The kernel or Triton's where they can."""
-    held = _held(program)
-    if len(held) == 1 and held <= {(torch.float32, "cpu"), (torch.bfloat16, "cpu")} and _kernel.available():
-        if not _kernel.faults(program):
-            return _on_kernel(program)
+    if _suits_kernel(program):
+        return _on_kernel(program)
     return Triton(program) if suits(program) else Plain(program)
+
+
+def _suits_kernel(program: Program) -> bool:
+    held = _held(program)
+    known = len(held) == 1 and held <= {(torch.float32, "cpu"), (torch.bfloat16, "cpu")}
+    return known and _kernel.available() and not _kernel.faults(program)
 
 
 def _on_kernel(program: Program) -> Runner:
