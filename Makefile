@@ -22,10 +22,11 @@ check: install
 test: check
 	$(BIN)/python -m pytest
 
-# The compiled kernel under the address and undefined-behaviour sanitizers: a driver of its own, no Python in it.
+# The compiled kernel under the address and undefined-behaviour sanitizers: a driver of its own, no Python in it. Tiles
+# are emulated, so that each of their loads and stores is seen.
 sanitize:
 	mkdir -p build
-	$(CXX) -std=gnu++17 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all \
+	$(CXX) -std=gnu++17 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -DOFFRAMP_EMULATE_TILES=1 \
 	    src/offramp/_kernel/*.cpp tests/kernel/sanitize.cpp -o build/sanitize
 	build/sanitize
 

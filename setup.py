@@ -9,8 +9,9 @@ KERNEL = "src/offramp/_kernel"
 
 setup(ext_modules=[Extension(
     "offramp._kernel._native",
-    sources=[f"{KERNEL}/{name}.cpp" for name in ("kernel", "geometry", "portable", "avx2", "avx512", "avx512_bf16")],
-    depends=[f"{KERNEL}/{name}.hpp" for name in ("kernel", "body", "vector", "conv", "sum")],
+    sources=[f"{KERNEL}/{name}.cpp" for name in ("kernel", "geometry", "portable", "avx2", "avx512", "avx512_bf16",
+                                              "amx_bf16", "proof")],
+    depends=[f"{KERNEL}/{name}.hpp" for name in ("kernel", "body", "vector", "conv", "tiles", "sum")],
     language="c++",
     extra_compile_args=["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"],
     optional=True,

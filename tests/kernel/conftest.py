@@ -1,9 +1,15 @@
 """What the kernel's tests share."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+
+from kernel.tiles import EmulatedTiles
+from offramp import _kernel as kernel
+from offramp._kernel import native
 
 
 @pytest.fixture
@@ -12,3 +18,42 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated_tiles(tmp_path_factory: pytest.TempPathFactory) -> EmulatedTiles:
+    """Builds of the library for a machine without tiles."""
+    if "avx512_bf16" not in kernel.isas(torch.bfloat16):
+        pytest.skip("tiles are not tested: what they share with avx512_bf16 does not run on this CPU")
+    return EmulatedTiles(tmp_path_factory.mktemp("tiles"))
+
+
+@contextmanager
+def library(file: Path) -> Iterator[None]:
+    """Kernels made within are another library's."""
+    before = native._files
+    try:
+        native._files = lambda: [file]
+        _forget()
+        yield
+    finally:
+        native._files = before
+        _forget()
+
+
+def _forget() -> None:
+    for cached in (native.loaded, native.instruction_sets):
+        cached.cache_clear()
+
+
+@pytest.fixture(params=["avx512_bf16", "amx_bf16"])
+def bfloat16_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set that multiplies bfloat16: tiles as the CPU has them, else emulated."""
+    name: str = request.param
+    if name in kernel.isas(torch.bfloat16):
+        yield name
+    elif name == "amx_bf16":
+        with library(request.getfixturevalue("emulated_tiles").library()):
+            yield name
+    else:
+        pytest.skip("this CPU does not multiply bfloat16")

@@ -1,10 +1,18 @@
 // What each instruction set compiles for itself; it says LANES, PLACES(vectors), MOST, STEP, PATH and NAME before,
-// and BF16 where its maps hold bfloat16.
+// BF16 where its maps hold bfloat16,
+// and TILES where its dense products go through tiles.
 //
 // Everything has internal linkage and nothing comes from the standard library: a function shared between the sets could
 // be taken by the linker from the wrong one.
 namespace offramp {
 namespace {
+
+// Places of a task: a multiple of every number of places that a block takes.
+#if TILES
+constexpr int CHUNK = 128;
+#else
+constexpr int CHUNK = 120;
+#endif
 
 #include "vector.hpp"
 #include "conv.hpp"

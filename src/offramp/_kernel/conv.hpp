@@ -50,6 +50,20 @@ struct Block {
     int first, left, input;
 };
 
+// Scale and shift of a block's vectors.
+template <int B>
+inline void finish_by(const Conv& c, const Block& of, V (&scale)[B], V (&shift)[B]) {
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+        const int count = (int)least(LANES, of.left - b * LANES);
+        scale[b] = load_upto(c.scale + of.first + b * LANES, count);
+        shift[b] = load_upto(c.shift + of.first + b * LANES, count);
+    }
+}
+
+#if TILES
+#include "tiles.hpp"
+#else
 template <int P, int B, class Value>
 inline __attribute__((always_inline)) void multiply(V (&sum)[P][B], const float* weight, Value value) {
     V w[B];
@@ -84,18 +98,14 @@ void block(const Conv& c, const Chunk& chunk, const Block& of, int64_t from, int
         }
     }
     V scale[B], shift[B];
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) {
-        const int count = (int)least(LANES, of.left - b * LANES);
-        scale[b] = load_upto(c.scale + of.first + b * LANES, count);
-        shift[b] = load_upto(c.shift + of.first + b * LANES, count);
-    }
+    finish_by(c, of, scale, shift);
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
         if (p >= valid) break;
         finish_all<B>(c, chunk.places[from + p], raw_of(chunk, from + p), of.first, of.left, sum[p], scale, shift);
     }
 }
+#endif
 
 // Asks for what the next places read and write: short runs are over before the machine's own prefetcher sees them.
 inline void ahead(const Conv& c, const Chunk& chunk, int64_t from, int64_t until) {
@@ -126,7 +136,9 @@ void channels(const Conv& c, const Chunk& chunk, const Block& of, int vectors) {
 #if MOST == 4
         case 4: blocks<PLACES(4), 4>(c, chunk, of); break;
 #endif
+#if MOST > 2
         default: blocks<PLACES(3), 3>(c, chunk, of);
+#endif
     }
 }
 
@@ -186,6 +198,9 @@ void convolve(const Op& op, int64_t task, Real* raw) {
     const bool parted = parts_of(c) > 1;
     const int64_t only = parted ? task / chunks : -1;
     const Chunk chunk = chunk_of(op, parted ? task % chunks : task, raw, raw_row(c));
+#if TILES
+    const Tiles tiles(c);
+#endif
     const int few = few_of(c);
     const float* weight = c.weight;
     int64_t number = 0;

@@ -19,6 +19,8 @@ def isas(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The instruction sets of this machine that the kernel has code for, best first; none where it is not available.
 
     For bfloat16 those that multiply it come before those that store and work in float32 and round at the door alone.
+    "amx_bf16", products by tiles, is proven in emulation and has never run on hardware: where a CPU has tiles, a trial
+    against "avx512_bf16" decides once a process whether it is among them, with a warning if not.
     """
     sets = instruction_sets()
     return tuple(sorted((name for name, isa in sets.items() if isa.stores in (dtype, torch.float32)),
@@ -27,7 +29,7 @@ def isas(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
 
 def isa(dtype: torch.dtype = torch.float32) -> str:
     """The instruction set in use: "avx512", "avx2", "portable", or "none" where the kernel is not available; for
-    bfloat16 "avx512_bf16" too."""
+    bfloat16 "amx_bf16" and "avx512_bf16" too."""
     return next(iter(isas(dtype)), "none")
 
 

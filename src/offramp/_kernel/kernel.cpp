@@ -12,14 +12,20 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
+#if HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define API extern "C" __attribute__((visibility("default")))
 
 namespace offramp {
-namespace {
 
 const Path* path(int isa) {
 #if defined(__x86_64__)
+#if HAS_TILES
+    if (isa == 4) return &amx_bf16;
+#endif
 #if HAS_BF16
     if (isa == 3) return &avx512_bf16;
 #endif
@@ -29,10 +35,59 @@ const Path* path(int isa) {
     return isa == 0 ? &portable : nullptr;
 }
 
+// weight: (outputs, inputs, taps), as torch has it, rounded to what the set stores -> blocks of [run, unit][channel],
+// whose last vector is filled up with zeros; then those of dot products: [run][channel][unit, filled up with zeros].
+// run: how many of [tap, input] lie side by side in the input; each has units of 32 bits, the last filled up with zeros.
+void pack(const Path& set, const float* weight, int inputs, int outputs, int taps, int run, uint32_t* packed) {
+    const int64_t all = (int64_t)taps * inputs, units = vectors_of(run, set.pair);
+    const int64_t dots = dots_of(outputs, (int)units, set.lanes);
+    const auto bits = [&](int64_t o, int64_t first, int64_t k) {
+        uint32_t found = 0;
+        const int64_t tap = first + k;
+        if (o < outputs && k < run) memcpy(&found, weight + (o * inputs + tap % inputs) * taps + tap / inputs, 4);
+        return found;
+    };
+    const auto unit = [&](int64_t o, int64_t first, int64_t u) {
+        return set.pair == 1 ? bits(o, first, u) : bits(o, first, 2 * u) >> 16 | (bits(o, first, 2 * u + 1) & 0xffff0000);
+    };
+    int64_t channel = 0, last = 0;
+    for (int left = vectors_of((int)(outputs - dots), set.lanes); left > 0; channel = last) {
+        const int vectors = next_block(left, set.most, set.step);
+        last = channel + vectors * set.lanes;
+        for (int64_t first = 0; first < all; first += run)
+            for (int64_t u = 0; u < units; ++u)
+                for (int64_t o = channel; o < last; ++o) *packed++ = unit(o, first, u);
+        left -= vectors;
+    }
+    const int64_t filled = (int64_t)vectors_of((int)units, set.lanes) * set.lanes;
+    for (int64_t first = 0; first < all; first += run)
+        for (int64_t o = outputs - dots; o < outputs; ++o)
+            for (int64_t u = 0; u < filled; ++u) *packed++ = u < units ? unit(o, first, u) : 0;
+}
+
+namespace {
+
+#if HAS_TILES
+// Whether this machine has tiles, and this process may use them: under Linux it must ask.
+bool has_tiles() {
+#if OFFRAMP_EMULATE_TILES
+    return true;
+#else
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (a >> 17 & 3) == 3 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, tiles' data
+#endif
+}
+#endif
+
 bool runs(int isa) {
 #if defined(__x86_64__)
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f");
+#if HAS_TILES
+    if (isa == 4) return runs(3) && has_tiles();
+#endif
     if (isa == 3) {  // what __builtin_cpu_supports calls it, older compilers do not know
         unsigned a = 0, b = 0, c = 0, d = 0;
         return has_avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -172,11 +227,21 @@ using namespace offramp;
 
 // Changes with the interface; the door does not talk to a library of another one.
 API int64_t offramp_interface() {
-    return 1000000 * 4 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
+    return 1000000 * 5 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
                                    sizeof(Sum) + sizeof(Pool) + sizeof(Op) + sizeof(Plan));
 }
 
 API const char* offramp_isa(int isa) { return path(isa) && runs(isa) ? path(isa)->name : nullptr; }
+
+// Whether a set that runs here gives, once a process, what the one before it does.
+API int offramp_proves(int isa) {
+#if HAS_TILES
+    static const bool tiles = proves(4, 3);
+    return isa != 4 || tiles;
+#else
+    return isa != 4;
+#endif
+}
 
 API void offramp_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Parallel>(gomp_parallel); }
 
@@ -192,36 +257,10 @@ API int64_t offramp_packed_units(int isa, int32_t inputs, int32_t outputs, int32
     return (int64_t)taps * inputs / run * per_run * set.lanes;
 }
 
-// weight: (outputs, inputs, taps), as torch has it, rounded to what the set stores -> blocks of [run, unit][channel],
-// whose last vector is filled up with zeros; then those of dot products: [run][channel][unit, filled up with zeros].
-// run: how many of [tap, input] lie side by side in the input; each has units of 32 bits, the last filled up with zeros.
+// See pack().
 API void offramp_pack(int isa, const float* weight, int32_t inputs, int32_t outputs, int32_t taps, int32_t run,
                       uint32_t* packed) {
-    const Path& set = *path(isa);
-    const int64_t all = (int64_t)taps * inputs, units = vectors_of(run, set.pair);
-    const int64_t dots = dots_of(outputs, (int)units, set.lanes);
-    const auto bits = [&](int64_t o, int64_t first, int64_t k) {
-        uint32_t found = 0;
-        const int64_t tap = first + k;
-        if (o < outputs && k < run) memcpy(&found, weight + (o * inputs + tap % inputs) * taps + tap / inputs, 4);
-        return found;
-    };
-    const auto unit = [&](int64_t o, int64_t first, int64_t u) {
-        return set.pair == 1 ? bits(o, first, u) : bits(o, first, 2 * u) >> 16 | (bits(o, first, 2 * u + 1) & 0xffff0000);
-    };
-    int64_t channel = 0, last = 0;
-    for (int left = vectors_of((int)(outputs - dots), set.lanes); left > 0; channel = last) {
-        const int vectors = next_block(left, set.most, set.step);
-        last = channel + vectors * set.lanes;
-        for (int64_t first = 0; first < all; first += run)
-            for (int64_t u = 0; u < units; ++u)
-                for (int64_t o = channel; o < last; ++o) *packed++ = unit(o, first, u);
-        left -= vectors;
-    }
-    const int64_t filled = (int64_t)vectors_of((int)units, set.lanes) * set.lanes;
-    for (int64_t first = 0; first < all; first += run)
-        for (int64_t o = outputs - dots; o < outputs; ++o)
-            for (int64_t u = 0; u < filled; ++u) *packed++ = u < units ? unit(o, first, u) : 0;
+    pack(*path(isa), weight, inputs, outputs, taps, run, packed);
 }
 
 // mask: (height, width). 0 where there is no memory for what it says.

@@ -13,12 +13,20 @@
 #define HAS_BF16 1
 #endif
 
+// Whether it knows tiles of it too. OFFRAMP_EMULATE_TILES: their instructions are emulated, for tests (tiles.hpp).
+#if HAS_BF16 && OFFRAMP_EMULATE_TILES
+#define HAS_TILES 1
+#elif HAS_BF16 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if __has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>)
+#define HAS_TILES 1
+#endif
+#endif
+
 namespace offramp {
 
 constexpr int WINDOW = 3;        // interpolation looks that far: a 7x7 window
 constexpr int SQUARES = 2 * WINDOW * WINDOW + 1;
 constexpr int RAW_STEP = 16;     // rows of the raw copy are padded to whole vectors of the widest set
-constexpr int CHUNK = 120;       // places of a task: a multiple of every number of places that a block takes
 
 enum Kind { CONV, DEPTHWISE, SUM, POOL };
 
@@ -172,6 +180,15 @@ extern const Path avx512;
 #if HAS_BF16
 extern const Path avx512_bf16;
 #endif
+#if HAS_TILES
+extern const Path amx_bf16;
 #endif
+#endif
+
+// By number, whether or not this machine runs it; null: not compiled.
+const Path* path(int isa);
+bool proves(int isa, int known);
+
+void pack(const Path& set, const float* weight, int inputs, int outputs, int taps, int run, uint32_t* packed);
 
 }  // namespace offramp

@@ -88,9 +88,10 @@ class Plan(ctypes.Structure):
                 ("phases", _POINTER), ("scratch", List), ("spans", List), ("isa", _INT), ("excess", _INT)]
 
 
-INTERFACE = 1000000 * 4 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))
+INTERFACE = 1000000 * 5 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))
 _SIGNATURES = {
     "offramp_isa": (ctypes.c_char_p, [_INT]),
+    "offramp_proves": (_INT, [_INT]),
     "offramp_parallel": (None, [_POINTER]),
     "offramp_can_share": (_INT, []),
     "offramp_pair": (_INT, [_INT]),
@@ -153,10 +154,18 @@ class Isa(NamedTuple):
 
 @functools.cache
 def instruction_sets() -> Mapping[str, Isa]:
-    """The instruction sets that the library was built for and this machine runs, best first."""
+    """The instruction sets that the library was built for and this machine runs, best first.
+
+    Tiles (amx_bf16) are among them only if, once in the life of the process, they give what avx512_bf16 does.
+    """
     lib = loaded()
     if lib is None:
         return MappingProxyType({})
-    names = {number: lib.offramp_isa(number) for number in (3, 2, 1, 0)}
-    return MappingProxyType({name.decode(): Isa(number, (torch.float32, torch.bfloat16)[lib.offramp_pair(number) - 1])
-                             for number, name in names.items() if name is not None})
+    names = {number: name.decode() for number in (4, 3, 2, 1, 0) if (name := lib.offramp_isa(number)) is not None}
+    for number in [number for number in names if not lib.offramp_proves(number)]:
+        warnings.warn(
+            f"offramp's compiled CPU kernel does not use {names.pop(number)} here: this machine announces it, but a "
+            f"trial of it failed or gave other numbers than {names[number - 1]}, which is used instead and is slower. "
+            "What to do: nothing, or report it with the CPU's name and the operating system's.", stacklevel=3)
+    return MappingProxyType({name: Isa(number, (torch.float32, torch.bfloat16)[lib.offramp_pair(number) - 1])
+                             for number, name in names.items()})
