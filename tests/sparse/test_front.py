@@ -68,6 +68,7 @@ def test_sizes_and_types() -> None:
         (state, coarse, _), (_, logits, _) = both(fast, one)
         assert (coarse - logits).abs().max() <= 2e-6 * logits.abs().max()
         assert state.rows == len(one)
+        assert coarse.stride() == torch.empty(coarse.shape).to(memory_format=torch.channels_last).stride()
     narrow = masked.deploy(dtype=torch.bfloat16)
     (state, coarse, _), (_, logits, _) = both(narrow, x)
     assert {t.dtype for t in state.tensors} == {torch.bfloat16} and logits.dtype == torch.float32

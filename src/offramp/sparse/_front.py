@@ -62,5 +62,7 @@ def _run(first: First, runner: Runner, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _together(maps: tuple[Tensor, ...]) -> Tensor:
-    """(C, H, W) each -> (N, C, H, W), place by place as they are."""
-    return maps[0][None] if len(maps) == 1 else torch.stack([one.permute(1, 2, 0) for one in maps]).permute(0, 3, 1, 2)
+    """(C, H, W) each -> (N, C, H, W), place by place as they are; strides of one image as those of several, for torch
+    looks at them where it chooses how to resize."""
+    places = [one.permute(1, 2, 0) for one in maps]
+    return (places[0][None] if len(places) == 1 else torch.stack(places)).permute(0, 3, 1, 2)
