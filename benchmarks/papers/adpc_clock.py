@@ -49,7 +49,8 @@ def main() -> None:
     options.add_argument("--networks", nargs="+", default=["hrnet_w18_small", "hrnet_w48"])
     options.add_argument("--size", default="512x1024")
     options.add_argument("--densities", type=float, nargs="+", default=DENSITIES, help="of the masks that are made")
-    options.add_argument("--masks", type=Path, help="a folder of trained weights, whose masks are taken in their place")
+    options.add_argument("--masks", type=Path, help="where adpc.py trained: that network's masks are taken")
+    options.add_argument("--masks-on", choices=("scenes", "camvid"), default="scenes", help="what it was trained on")
     options.add_argument("--data", type=Path, default=Path("../shared/data"), help="where --masks finds its pictures")
     options.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="of the dense side")
     options.add_argument("--part", choices=("whole", "branches"), action="append", help="both by default")
@@ -66,7 +67,7 @@ def main() -> None:
         args.engines = args.engines if args.engines != ENGINES else ["eager"]
     if args.threads or args.clock == "cpu":
         torch.set_num_threads(1 if args.clock == "cpu" else args.threads)
-    how = "-masks" * bool(args.masks) + "-quick" * args.quick
+    how = f"-masks-{args.masks_on}" * bool(args.masks) + "-quick" * args.quick
     for name in args.networks:
         sheet = Sheet(f"adpc-clock-{name}-{args.precision}-{args.threads or torch.get_num_threads()}{how}")
         network(args, sheet, name)
@@ -111,7 +112,7 @@ def network(args: argparse.Namespace, sheet: Sheet, name: str) -> None:
     size = fast._first((x,), {})[1].shape[2:]
     masks = [[drawn(size, density)[None, None]] * len(net.sites) for density in args.densities]
     if args.masks:
-        masks = kept(args.masks, args.data, size)
+        masks = kept(args.masks, args.data, args.masks_on, size)
     ready: dict[int, tuple[Branch, Any, Any]] = {}
     for one in masks:
         held.masks = one

@@ -10,19 +10,19 @@ from torch.nn import functional as F
 __all__ = ["kept"]
 
 
-def kept(work: Path, data: Path, size: tuple[int, int], count: int = 6) -> list[list[Tensor]]:
-    """Of pictures of the test split, what a network that ``adpc.py --part train --on camvid`` trained leaves active
-    after each of its exits: masks (1, 1, h, w), nested; pictures of all densities that there are.
+def kept(work: Path, data: Path, on: str, size: tuple[int, int], count: int = 6) -> list[list[Tensor]]:
+    """Of pictures of the test split, what a network that ``adpc.py --part train --size 192x256 --epochs 10`` trained
+    on these leaves active after each of its exits: masks (1, 1, h, w), nested; of all densities that there are.
     """
     from adpc_train import folder_of, split_of, trained
 
     args = argparse.Namespace(
-        data=data, work=work, on="camvid", network="hrnet_w48/3", size="96x128", scenes=600, epochs=20,
-        start="trained", threshold=0.998, lr=0.01, device="cpu", precision="bf16", progress=False, quick=False,
-        start_size=None, halvings=(3, 2, 1))
+        data=data, work=work, on=on, network="hrnet_w48/3", size="192x256", scenes=600, epochs=10, start="trained",
+        start_size="96x128" if on == "camvid" else None, threshold=0.998, lr=0.01, device="cpu", precision="bf16",
+        halvings=(3, 2, 1), progress=False, quick=False)
     folder = folder_of(args, "RH + CA", 0)
     if not folder.is_dir():
-        raise SystemExit(f"no run in {folder}: python benchmarks/papers/adpc.py --part train --on camvid makes it")
+        raise SystemExit(f"no run in {folder}: python benchmarks/papers/adpc.py --part train makes it")
     net = trained(args, "RH + CA", 0)
     pictures = split_of(args, "test")
     found = []
