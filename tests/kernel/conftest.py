@@ -1,15 +1,12 @@
 """What the kernel's tests share."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
-from kernel.tiles import EmulatedTiles
+from kernel.tiles import TileBuilds, library
 from offramp import _kernel as kernel
-from offramp._kernel import native
 
 
 @pytest.fixture
@@ -21,29 +18,11 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulated_tiles(tmp_path_factory: pytest.TempPathFactory) -> EmulatedTiles:
+def tile_builds(tmp_path_factory: pytest.TempPathFactory) -> TileBuilds:
     """Builds of the library for a machine without tiles."""
     if "avx512_bf16" not in kernel.isas(torch.bfloat16):
         pytest.skip("tiles are not tested: what they share with avx512_bf16 does not run on this CPU")
-    return EmulatedTiles(tmp_path_factory.mktemp("tiles"))
-
-
-@contextmanager
-def library(file: Path) -> Iterator[None]:
-    """Kernels made within are another library's."""
-    before = native._files
-    try:
-        native._files = lambda: [file]
-        _forget()
-        yield
-    finally:
-        native._files = before
-        _forget()
-
-
-def _forget() -> None:
-    for cached in (native.loaded, native.instruction_sets):
-        cached.cache_clear()
+    return TileBuilds(tmp_path_factory.mktemp("tiles"))
 
 
 @pytest.fixture(params=["avx512_bf16", "amx_bf16"])
@@ -53,7 +32,7 @@ def bfloat16_set(request: pytest.FixtureRequest) -> Iterator[str]:
     if name in kernel.isas(torch.bfloat16):
         yield name
     elif name == "amx_bf16":
-        with library(request.getfixturevalue("emulated_tiles").library()):
+        with library(request.getfixturevalue("tile_builds").emulated()):
             yield name
     else:
         pytest.skip("this CPU does not multiply bfloat16")

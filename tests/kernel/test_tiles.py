@@ -1,6 +1,7 @@
 """Dense products by tiles of bfloat16 (amx_bf16), emulated where the CPU has none, against avx512_bf16."""
 
 import random
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -9,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernel.conftest import library
 from kernel.masks import MASKS, mask_of
-from kernel.tiles import EmulatedTiles
+from kernel.tiles import TileBuilds, library
 from kernel.witness import Sketch, stands
 from offramp import _kernel as kernel
 from offramp._kernel.ops import Conv, View
@@ -34,7 +34,7 @@ def test_tiles_are_the_first_choice_where_the_cpu_has_them_and_none_where_not() 
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_whole_numbers_are_those_of_avx512_bf16_to_the_last_bit(seed: int, emulated_tiles: EmulatedTiles) -> None:
+def test_whole_numbers_are_those_of_avx512_bf16_to_the_last_bit(seed: int, tile_builds: TileBuilds) -> None:
     """So small that no order of sums rounds: one wrong place, channel, weight or raw copy shows."""
     draw, sketch = random.Random(seed), Sketch(seed)
     groups, size, stride = draw.choice([1, 1, 1, 2, 3]), draw.choice([1, 3, 3, (1, 7)]), draw.choice([1, 1, 2])
@@ -56,7 +56,7 @@ def test_whole_numbers_are_those_of_avx512_bf16_to_the_last_bit(seed: int, emula
     program = replace(program, segments=(replace(program.segments[0], ops=(op, after)),))
     masks = [mask_of(kind, *sketch.size(beside), draw.uniform(0.02, 0.9), sketch.draw) for kind in MASKS]
     given = {map_: whole(sketch.maps[map_][1], *sketch.size(map_)) for map_ in (first, beside)}
-    with library(emulated_tiles.library()):
+    with library(tile_builds.emulated()):
         assert kernel.isas(torch.bfloat16)[:2] == ("amx_bf16", "avx512_bf16")
         runners = [kernel.Kernel(program, dtype=torch.bfloat16, isa=isa) for isa in ("amx_bf16", "avx512_bf16")]
     for mask in masks:
@@ -73,7 +73,7 @@ def test_whole_numbers_are_those_of_avx512_bf16_to_the_last_bit(seed: int, emula
 @pytest.mark.parametrize("inputs", [15, 16, 31, 32, 47, 50, 64])
 @pytest.mark.parametrize("size", [1, 3])
 def test_adjacent_places_do_not_see_what_lies_behind_their_runs(
-    inputs: int, size: int, emulated_tiles: EmulatedTiles
+    inputs: int, size: int, tile_builds: TileBuilds
 ) -> None:
     """Tiles are read from the map itself, 32 values at a time: what other channels hold, must not be among them."""
     sketch = Sketch(inputs)
@@ -83,7 +83,7 @@ def test_adjacent_places_do_not_see_what_lies_behind_their_runs(
     mask[2] = True
     x = torch.full((inputs + 9, 5, 40), torch.nan)
     x[:inputs] = 1.0
-    with library(emulated_tiles.library()):
+    with library(tile_builds.emulated()):
         runner = kernel.Kernel(sketch.program([first, out]), dtype=torch.bfloat16, isa="amx_bf16")
     runner.write(first, x)
     runner.settle(mask)
@@ -96,7 +96,43 @@ def test_adjacent_places_do_not_see_what_lies_behind_their_runs(
     ("must(shapes.palette == 1", "must(shapes.palette == 2"),  # an illegal instruction
     ("char*>(from) + i * stride, (size_t)tile.bytes)", "char*>(from) + ((int64_t)i << 40), (size_t)tile.bytes)"),
 ], ids=["wrong", "illegal", "beyond memory"])
-def test_tiles_that_fail_their_trial_are_not_used(old: str, new: str, emulated_tiles: EmulatedTiles) -> None:
-    bad = emulated_tiles.library({"tiles.hpp": (old, new)})
+def test_tiles_that_fail_their_trial_are_not_used(old: str, new: str, tile_builds: TileBuilds) -> None:
+    bad = tile_builds.emulated({"tiles.hpp": (old, new)})
     with library(bad), pytest.warns(UserWarning, match="does not use amx_bf16 here.*avx512_bf16.*What to do"):
         assert kernel.isas(torch.bfloat16)[0] == "avx512_bf16" and kernel.isa(torch.bfloat16) == "avx512_bf16"
+
+
+def test_what_the_compiler_made_of_tiles_runs_instruction_by_instruction(tile_builds: TileBuilds) -> None:
+    """The installed code, optimised, on a CPU that takes tiles for illegal: each of their instructions is decoded from
+    its bytes and carried out by a second emulation, so that encodings, operands, addresses and stores are seen too."""
+    if "amx_bf16" in kernel.isas(torch.bfloat16):
+        pytest.skip("this CPU has tiles: no instruction is illegal, and the other tests run on them")
+    code = """
+import ctypes, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from kernel.masks import MASKS
+from kernel.programs import agree, some_network
+from kernel.test_bfloat16 import rounded
+from kernel.tiles import library
+from offramp import _kernel as kernel
+from offramp._kernel import native
+traps = ctypes.CDLL(sys.argv[1])
+traps.how_many.restype = ctypes.c_int64
+traps.carry_out_illegal()
+with library(Path(sys.argv[2])):
+    if native.loaded().offramp_isa(4) is None:
+        sys.exit(77)
+    assert kernel.isas(torch.bfloat16)[0] == "amx_bf16" and traps.how_many() > 100
+    for seed in range(len(MASKS)):
+        program, given, masks = some_network(seed, MASKS[seed])
+        given = {map_: x.bfloat16() for map_, x in given.items()}
+        agree(rounded(program), given, masks, "amx_bf16", within=0.04, dtype=torch.bfloat16)
+assert traps.how_many() > 1000 and not traps.is_configured()
+"""
+    found = subprocess.run([sys.executable, "-c", code, str(tile_builds.traps()), str(tile_builds.illegal())],
+                           timeout=300, cwd=Path(__file__).parents[1])
+    if found.returncode == 77:
+        pytest.skip("this compiler does not know tiles")
+    assert found.returncode == 0
