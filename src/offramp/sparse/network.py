@@ -148,8 +148,8 @@ class Sparse(Refining, nn.Module):
             state, coarse = state.select(torch.tensor([0], device=coarse.device)), coarse[:1]
         with self._lent(state, coarse) as (lowered, lend):
             runner = lend()
-            how = {"engine": self.engine, "runner": type(runner).__name__, "isa": _kernel.isa(),
-                   "dtype": self.dtype}
+            how = {"engine": self.engine, "runner": type(runner).__name__, "dtype": self.dtype,
+                   "isa": _kernel.isa(self.dtype or torch.float32)}
             key = key_of(lowered.program, **how)
             found = None if again else kept(key)
             if found is None:
