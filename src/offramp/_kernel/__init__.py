@@ -15,7 +15,8 @@ interpolated only where an operation reads it; what lies deeper is left as it wa
 """
 
 from offramp._kernel.door import available, isa, isas, shares_threads
+from offramp._kernel.enlarge import enlarge, enlarges
 from offramp._kernel.faults import faults
 from offramp._kernel.program import Kernel
 
-__all__ = ["Kernel", "available", "faults", "isa", "isas", "shares_threads"]
+__all__ = ["Kernel", "available", "enlarge", "enlarges", "faults", "isa", "isas", "shares_threads"]

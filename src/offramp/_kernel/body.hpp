@@ -39,6 +39,6 @@ void task(const Op& op, int phase, int64_t number, void* saved) {
 }  // namespace
 
 extern const Path PATH;
-const Path PATH = {NAME, LANES, MOST, STEP, PAIR, tasks, task};
+const Path PATH = {NAME, LANES, MOST, STEP, PAIR, tasks, task, enlarge};
 
 }  // namespace offramp

@@ -202,6 +202,25 @@ void give(float from, uint16_t& to) {  // to the nearest, ties to even
     to = (uint16_t)(from != from ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+constexpr int64_t ROWS = 8;  // of a resized map at a time
+
+struct Rows {
+    const Enlarging* map;
+    const Path* set;
+    std::atomic<int64_t> next;
+    std::atomic<bool> failed;
+};
+
+void enlarge_rows(void* given) {
+    Rows& rows = *static_cast<Rows*>(given);
+    const Enlarging& map = *rows.map;
+    float* between = static_cast<float*>(malloc((size_t)(map.width * map.channels) * sizeof(float)));
+    if (!between) rows.failed.store(true, std::memory_order_relaxed);
+    for (int64_t y; between && (y = rows.next.fetch_add(ROWS, std::memory_order_relaxed)) < map.height_to;)
+        for (int64_t last = least(y + ROWS, map.height_to); y < last; ++y) rows.set->enlarge(map, y, between);
+    free(between);
+}
+
 template <class From, class To>
 void read_active(const Level& level, const Plane& from, int64_t channels, To* to, int64_t channel_step,
                  int64_t row_step, int64_t step) {
@@ -227,8 +246,8 @@ using namespace offramp;
 
 // Changes with the interface; the door does not talk to a library of another one.
 API int64_t offramp_interface() {
-    return 1000000 * 5 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
-                                   sizeof(Sum) + sizeof(Pool) + sizeof(Op) + sizeof(Plan));
+    return 1000000 * 6 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
+                                   sizeof(Sum) + sizeof(Pool) + sizeof(Enlarging) + sizeof(Op) + sizeof(Plan));
 }
 
 API const char* offramp_isa(int isa) { return path(isa) && runs(isa) ? path(isa)->name : nullptr; }
@@ -293,6 +312,15 @@ API void offramp_read_active(int isa, const Level* level, const Plane* from, int
     if (path(isa)->pair == 2)
         read_active<uint16_t>(*level, *from, channels, to, channel_step, row_step, step, pair);
     else read_active<float>(*level, *from, channels, to, channel_step, row_step, step, pair);
+}
+
+// 0 where there is no memory for a row.
+API int offramp_enlarge(int isa, const Enlarging* map, int32_t threads) {
+    Rows rows{map, path(isa), {0}, {false}};
+    const int64_t most = least(threads, (map->height_to + ROWS - 1) / ROWS);
+    if (parallel && most > 1) parallel(enlarge_rows, &rows, (unsigned)most, 0);
+    else enlarge_rows(&rows);
+    return !rows.failed.load();
 }
 
 // Gives back what settle() took.

@@ -111,6 +111,14 @@ struct Pool {
     int32_t height, width, channels, mean, counts_padding, unused;  // sizes: the source's
 };
 
+// A map of floats, place by place without a gap, brought to another size bilinearly.
+struct Enlarging {
+    const float* from;
+    float* to;
+    Axis rows, columns;
+    int64_t width, channels, height_to, width_to;
+};
+
 struct Op {
     int32_t kind, raw;           // which of the plan's raw copies it works with
     const void* body;
@@ -143,6 +151,7 @@ struct Path {
     int lanes, most, step, pair;
     int64_t (*tasks)(const Op&, int phase);
     void (*task)(const Op&, int phase, int64_t task, void* raw);
+    void (*enlarge)(const Enlarging&, int64_t row, float* between);
 };
 
 static inline int vectors_of(int channels, int lanes) { return (channels + lanes - 1) / lanes; }

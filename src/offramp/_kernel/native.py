@@ -77,6 +77,11 @@ class Pool(ctypes.Structure):
                 ("channels", _INT), ("mean", _INT), ("counts_padding", _INT), ("unused", _INT)]
 
 
+class Enlarging(ctypes.Structure):
+    _fields_ = [("source", _POINTER), ("to", _POINTER), ("rows", Axis), ("columns", Axis),
+                *((name, _LONG) for name in ("width", "channels", "height_to", "width_to"))]
+
+
 class Op(ctypes.Structure):
     _fields_ = [("kind", _INT), ("raw", _INT), ("body", _POINTER), ("region", _POINTER), ("needs", _POINTER),
                 ("num_needs", _LONG)]
@@ -88,7 +93,7 @@ class Plan(ctypes.Structure):
                 ("phases", _POINTER), ("scratch", List), ("spans", List), ("isa", _INT), ("excess", _INT)]
 
 
-INTERFACE = 1000000 * 5 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Op, Plan)))
+INTERFACE = 1000000 * 6 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Enlarging, Op, Plan)))
 _SIGNATURES = {
     "offramp_isa": (ctypes.c_char_p, [_INT]),
     "offramp_proves": (_INT, [_INT]),
@@ -100,6 +105,7 @@ _SIGNATURES = {
     "offramp_settle": (_INT, [ctypes.POINTER(Plan), _POINTER, _INT, _INT]),
     "offramp_run": (_LONG, [ctypes.POINTER(Plan), _LONG, _LONG, _INT, _POINTER, _LONG]),
     "offramp_read_active": (None, [_INT, _POINTER, ctypes.POINTER(Plane), _LONG, _POINTER, _LONG, _LONG, _LONG, _INT]),
+    "offramp_enlarge": (_INT, [_INT, ctypes.POINTER(Enlarging), _INT]),
     "offramp_release": (None, [ctypes.POINTER(Plan)]),
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp._kernel import native
+from offramp._kernel.axes import axis_of
 from offramp._kernel.door import isas, needed
 from offramp._kernel.faults import faults
 from offramp._kernel.layout import lay_out
@@ -198,7 +199,7 @@ class Kernel:
         """Where each of ``to`` places reads, out of ``size``: torch's own arithmetic, in float32."""
         key = resize, size, to
         if key not in self._axes:
-            first, second, part = _axis_of(resize, size, to)
+            first, second, part = axis_of(resize, size, to)
             self._axes[key] = native.Axis(self._keep(first).data_ptr(), self._keep(second).data_ptr(),
                                           None if part is None else self._keep(part).data_ptr())
         return self._axes[key]
@@ -292,33 +293,6 @@ class Kernel:
         for theirs, ours in zip(weight.chunk(groups), packed, strict=True):
             self._lib.offramp_pack(self._isa, theirs.data_ptr(), inputs, outputs, taps, run, ours.data_ptr())
         return packed
-
-
-def _axis_of(resize: Resize, size: int, to: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Where each of ``to`` places of an axis reads, out of ``size``: first (to,), second (to,), the second's part.
-
-    No part: the first alone, by nearest. In float32, as ``torch.nn.functional.interpolate`` to a given size works it
-    out, so that no place is read off by one.
-    """
-    place = torch.arange(to, dtype=torch.float32)
-    if resize.mode == "nearest":
-        if size == to:
-            first = torch.arange(to)
-        else:
-            first = (place * (torch.tensor(float(size)) / to)).floor().long().clamp_(max=size - 1)
-        return first.int(), first.int(), None
-    if size == to:
-        first, part = torch.arange(to), torch.zeros(to)
-    else:
-        if resize.align_corners:
-            at = place * (torch.tensor(float(size - 1)) / (to - 1) if to > 1 else torch.tensor(0.0))
-        else:
-            # rounded once, as compilers make one instruction of torch's product and difference: 7e-6 of a place
-            scale = torch.tensor(float(size)) / to
-            at = ((place + 0.5).double() * scale.double() - 0.5).float().clamp_(min=0)
-        first = at.long().clamp_(max=size - 1)
-        part = (at - first).clamp_(0, 1)
-    return first.int(), (first + 1).clamp_(max=size - 1).int(), part
 
 
 def _by_channel(weight: Tensor) -> Tensor:

@@ -107,3 +107,23 @@ void pool(const Op& op, int64_t task) {
                    [&](int channel, int count) { pool_at<1>(p, place, channel, count); });
     }
 }
+
+// One row of the larger map. between: room for a row of the smaller one, which is blended of two before its places are.
+void enlarge(const Enlarging& e, int64_t y, float* between) {
+    const int64_t count = e.width * e.channels;
+    const float *above = e.from + e.rows.first[y] * count, *below = e.from + e.rows.second[y] * count;
+    const V low = spread(e.rows.part[y]), high = spread(1 - e.rows.part[y]);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int some = (int)least(LANES, count - i);
+        store_upto(between + i, high * load_upto(above + i, some) + low * load_upto(below + i, some), some);
+    }
+    float* to = e.to + y * e.width_to * e.channels;
+    for (int64_t x = 0; x < e.width_to; ++x, to += e.channels) {
+        const float *left = between + e.columns.first[x] * e.channels, *right = between + e.columns.second[x] * e.channels;
+        const V far = spread(e.columns.part[x]), near = spread(1 - e.columns.part[x]);
+        for (int64_t c = 0; c < e.channels; c += LANES) {
+            const int some = (int)least(LANES, e.channels - c);
+            store_upto(to + c, near * load_upto(left + c, some) + far * load_upto(right + c, some), some);
+        }
+    }
+}

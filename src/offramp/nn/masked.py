@@ -23,7 +23,7 @@ from offramp.nn._slim_layers import SlimLayer
 from offramp.nn.multiexit import MultiExit, head_key
 from offramp.nn.reading import MapReading
 
-__all__ = ["Masked", "MaskedAnswers", "coarse_logits", "mask_"]
+__all__ = ["Masked", "MaskedAnswers", "Resizing", "coarse_logits", "mask_"]
 
 _THRESHOLDS: dict[str, float] = {"top": 0.998, "value": 0.002}  # ADP-C's, for pixels and for poses
 
@@ -154,14 +154,26 @@ class Masked(nn.Module):
         return active(coarse, self.confidence, self.threshold, share=self.share, generator=generator, grid=self.grid)
 
 
-def coarse_logits(head: nn.Module, frontier: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+@dataclass(frozen=True)
+class Resizing:
+    """What brings logits to the output's size: (size, mode, align_corners), one after another; none leaves them."""
+
+    steps: tuple[tuple[tuple[int, int], str, bool | None], ...] = ()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        for size, mode, align_corners in self.steps:
+            logits = F.interpolate(logits, size, mode=mode, align_corners=align_corners)
+        return logits
+
+
+def coarse_logits(head: nn.Module, frontier: Sequence[Tensor]) -> tuple[Tensor, Resizing]:
     """A head's logits before they are resized, and what resizes them."""
     reading, on_map = getattr(head, "reading", None), getattr(head, "on_map", None)
     if not isinstance(reading, MapReading) or on_map is None:
-        return head(*frontier), lambda logits: logits
+        return head(*frontier), Resizing()
     joined = reading.join(frontier)
-    size = joined.shape[-2:]
-    return on_map(joined), lambda logits: reading.upsample(logits, size)
+    goal = reading.output_of(joined.shape[-2:])
+    return on_map(joined), Resizing(() if goal is None else ((goal, "bilinear", False),))
 
 
 def mask_(

@@ -81,10 +81,12 @@ class MapReading:
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Logits brought to the output's size, bilinearly, where ``size`` is that of the joined map."""
-        if self.scale is None:
-            return logits
-        goal = [round(size[0] * self.scale[0]), round(size[1] * self.scale[1])]
-        return F.interpolate(logits, goal, mode="bilinear", align_corners=False)
+        goal = self.output_of(size)
+        return logits if goal is None else F.interpolate(logits, goal, mode="bilinear", align_corners=False)
+
+    def output_of(self, size: Sequence[int]) -> tuple[int, int] | None:
+        """The output's size, where ``size`` is that of the joined map; None where logits are not resized."""
+        return None if self.scale is None else (round(size[0] * self.scale[0]), round(size[1] * self.scale[1]))
 
 
 def read_as_map(reads: Sequence[Read], task: Task, out_size: tuple[int, int] | None) -> MapReading:

@@ -8,9 +8,10 @@ from torch import Tensor
 from offramp._kernel.ops import Program
 from offramp.errors import OfframpError
 from offramp.graph import State
+from offramp.nn.masked import Resizing
 from offramp.nn.multiexit import MultiExit
 from offramp.sparse._shelf import Shelf
-from offramp.sparse.lower import First, Resizing, lower_first
+from offramp.sparse.lower import First, lower_first
 from offramp.sparse.plain import Runner
 
 __all__ = ["Front"]

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from offramp import _kernel
 from offramp.graph import State
-from offramp.nn.masked import Masked
+from offramp.nn.masked import Masked, Resizing
 from offramp.sparse.lower import Lowered
 from offramp.sparse.plain import Runner
 from offramp.types import Stop
 
-__all__ = ["Walk", "hand_over", "onward", "resized"]
+__all__ = ["Walk", "enlarged", "hand_over", "onward", "resized"]
 
 Dense = Callable[[int, State, fx.GraphModule | None], tuple[State | None, Tensor]]
 
@@ -119,3 +120,11 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     if x.dtype == torch.bool:
         return F.interpolate(x.to(torch.uint8), tuple(size), mode="nearest").bool()
     return F.interpolate(x, tuple(size), mode="nearest")
+
+
+def enlarged(coarse: Tensor, resize: Resizing) -> Tensor:
+    """``resize(coarse)``, by the kernel where that can: logits of all places are most of what a sparse call writes."""
+    if len(resize.steps) == 1 and resize.steps[0][1] == "bilinear" and _kernel.enlarges(coarse):
+        (size, _, align_corners), = resize.steps
+        return _kernel.enlarge(coarse, size, align_corners=bool(align_corners))
+    return resize(coarse)

@@ -5,20 +5,18 @@ operations on maps (:mod:`offramp._kernel.ops`). What is not known there is refu
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from offramp._kernel.ops import Conv, Level, Map, Op, Pool, Program, Resize, Segment, Sum, Term, View
+from offramp._kernel.ops import Conv, Level, Map, Op, Pool, Program, Segment, Sum, Term, View
 from offramp.errors import OfframpError
 from offramp.graph import State, split, trace
 from offramp.graph._guest import flat
-from offramp.nn.masked import coarse_logits
+from offramp.nn.masked import Resizing, coarse_logits
 from offramp.nn.multiexit import MultiExit
 from offramp.sparse._draft import Cat, Convolution, Draft, Pooling, Step, Value, fused
 from offramp.sparse._draft import Sum as SumStep
@@ -26,9 +24,6 @@ from offramp.sparse._read import Cell, Masking, Reader
 from offramp.sparse._regions import Regions, nested
 
 __all__ = ["First", "Lowered", "Masking", "lower", "lower_first"]
-
-
-Resizing = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +108,7 @@ def lower(net: MultiExit, masking: Mapping[nn.Module, Masking], state: State, fi
         raise _refusal([f"{name}, logits that are read by more than a resize" for name in faults])
     says = next((layer for layer, found in masking.items() if found.says), None)
     end = None if says is None else _upto(net.stages[-1].module(state.program), says)
-    return _placed(draft, frontiers, logits, first, [*resizes, partial(_chained, ending)], end)
+    return _placed(draft, frontiers, logits, first, [*resizes, ending], end)
 
 
 def lower_first(net: MultiExit, state: State) -> First:
@@ -148,7 +143,7 @@ def _said(
     tensors = [like.new_zeros(1, value.channels, value.level.height, value.level.width)
                for value in frontier if value is not None]
     if len(tensors) < len(frontier):
-        return None, lambda logits: logits
+        return None, Resizing()
     with torch.inference_mode(False):
         stage = split(trace(_Coarse(head), tuple(tensors)), [])[0]
     cell = reader.read(stage.module(), [Cell(value) for value in frontier])[0]
@@ -166,25 +161,20 @@ def _logits_at(net: MultiExit) -> int:
     return found
 
 
-def _before_resizing(logits: Value, steps: Sequence[Step]) -> tuple[Value, tuple[tuple[Level, Resize], ...]]:
+def _before_resizing(logits: Value, steps: Sequence[Step]) -> tuple[Value, Resizing]:
     """What the convolution that says the network's logits gives, and the resizings after; logits as they are if none.
     """
-    makers, value, ending = {step.out: step for step in steps}, logits, list[tuple[Level, Resize]]()
+    makers, value, ending = {step.out: step for step in steps}, logits, list[Any]()
     while (step := makers.get(value)) is not None:
         if isinstance(step, Convolution) and step.says:
-            return value, tuple(reversed(ending))
+            return value, Resizing(tuple(reversed(ending)))
         if not isinstance(step, SumStep) or not step.plain or len(step.terms) > 1 or step.terms[0].resize is None:
             break
-        ending.append((value.level, step.terms[0].resize))
+        how = step.terms[0].resize
+        ending.append(((value.level.height, value.level.width), how.mode,
+                       how.align_corners if how.mode == "bilinear" else None))
         value = step.terms[0].value
-    return logits, ()
-
-
-def _chained(ending: Sequence[tuple[Level, Resize]], logits: Tensor) -> Tensor:
-    for level, how in ending:
-        corners = how.align_corners if how.mode == "bilinear" else None
-        logits = F.interpolate(logits, (level.height, level.width), mode=how.mode, align_corners=corners)
-    return logits
+    return logits, Resizing()
 
 
 def _upto(module: fx.GraphModule, layer: nn.Module) -> fx.GraphModule:

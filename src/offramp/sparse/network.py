@@ -19,7 +19,7 @@ from offramp.graph import State
 from offramp.graph._guest import flat
 from offramp.nn._masked_layers import MaskedLayer
 from offramp.nn.guest import fold_batch_norms_
-from offramp.nn.masked import Masked, MaskedAnswers, coarse_logits
+from offramp.nn.masked import Masked, MaskedAnswers, Resizing, coarse_logits
 from offramp.nn.output import form_of
 from offramp.runtime._direct import direct
 from offramp.runtime._legs import Build, Call, Engine, Legs
@@ -27,9 +27,9 @@ from offramp.runtime.anytime import Refining
 from offramp.runtime.pace import Deadlines, Pace
 from offramp.sparse._front import Front
 from offramp.sparse._shelf import Shelf
-from offramp.sparse._walk import Walk, hand_over, onward
+from offramp.sparse._walk import Walk, enlarged, hand_over, onward
 from offramp.sparse.crossover import Crossover, Stages, find, keep, kept, key_of
-from offramp.sparse.lower import Lowered, Masking, Resizing, lower
+from offramp.sparse.lower import Lowered, Masking, lower
 from offramp.sparse.plain import Plain, Runner
 from offramp.sparse.triton import Triton, suits
 from offramp.types import Ahead, Step, Stop
@@ -51,7 +51,7 @@ class Said:
     def logits(self) -> Tensor:
         """(N, K, H, W), of the output's size."""
         with torch.inference_mode():
-            return self.resize(self.coarse)
+            return enlarged(self.coarse, self.resize)
 
 
 class Sparse(Refining, nn.Module):
