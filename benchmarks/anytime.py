@@ -7,6 +7,7 @@ be asked at a deadline if its 95th percentile, measured in turn with the others 
 It is then taken to be in time always, which favours it.
 
     python benchmarks/anytime.py                  # an hour at most; again: from where it was
+    python benchmarks/anytime.py --trained runs/adpc   # CamVid, by the network with redesigned exits of adpc.py
     python benchmarks/anytime.py --quick          # a minute: that it runs
     python benchmarks/anytime.py --only latency   # no training: random weights, no quality
 """
@@ -15,6 +16,7 @@ import argparse
 import multiprocessing
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,15 @@ def burn(mean_s: float, seed: int) -> None:
         time.sleep(draw.expovariate(1 / mean_s))
 
 
-def network(args: argparse.Namespace) -> offramp.MultiExit:
+def network(args: argparse.Namespace) -> tuple[offramp.MultiExit, Any]:
+    """A network with exits, and pictures that it was not trained on."""
+    if args.trained:
+        sys.path.insert(0, str(Path(__file__).parent / "papers"))
+        from adpc_masks import run_of
+        from adpc_train import split_of, trained
+
+        run = run_of(args.trained, args.data, "camvid")
+        return trained(run, "RH", 0), split_of(run, "test")
     torch.manual_seed(0)
     high, wide = (int(side) for side in args.size.split("x"))
     net = offramp.attach(load_model(f"offramp:scenes_dense?num_classes={CLASSES}"), torch.randn(2, 3, high, wide),
@@ -55,7 +65,7 @@ def network(args: argparse.Namespace) -> offramp.MultiExit:
         train = load_data(f"scenes?n={args.scenes}&size={args.size}&seed=0").split("train")
         offramp.fit(net, train, offramp.recipes.anytime(epochs=args.epochs, lr=0.05, batch_size=8),
                     run_dir=args.work / ("quick" if args.quick else args.size))
-    return net.eval()
+    return net.eval(), load_data(f"scenes?n={16 if args.quick else 200}&size={args.size}&seed=99").split("test")
 
 
 def deployed(net: offramp.MultiExit, exits: tuple[str, ...], setting: str, engine: str) -> Adaptive:
@@ -103,6 +113,8 @@ def confusions(net: offramp.MultiExit, images: Tensor, labels: Tensor) -> Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/anytime"))
+    parser.add_argument("--trained", type=Path, help="where adpc.py trained on CamVid at 192x256 for 10 epochs")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="where --trained finds CamVid")
     parser.add_argument("--size", default="192x256")
     parser.add_argument("--scenes", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=12)
@@ -114,13 +126,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.size, args.scenes, args.epochs, args.calls = "64x96", 16, 1, 60
-    sheet = Sheet("anytime-quick" if args.quick else "anytime")
-    net = network(args)
-    data = load_data(f"scenes?n={16 if args.quick else 200}&size={args.size}&seed=99").split("test")
+    sheet = Sheet("anytime" + "-camvid" * bool(args.trained) + "-quick" * args.quick)
+    net, data = network(args)
+    exits = tuple(column.name for column in net.columns[:-1])
     images = torch.stack([data[i][0] for i in range(len(data))])
     labels = torch.stack([data[i][1] for i in range(len(data))]).long()
-    fast = deployed(net, EXITS, "anytime", args.engine)
-    statics = {name: deployed(net, (name,) if name else (), "budgeted", args.engine) for name in (*EXITS, "")}
+    fast = deployed(net, exits, "anytime", args.engine)
+    statics = {name: deployed(net, (name,) if name else (), "budgeted", args.engine) for name in (*exits, "")}
     fast.calibrate(images[:1])
     sheet.add("time that asking between layers takes, of a whole call", asking(fast, images[:1], 10), unit="1",
               bar="<= 0.01")
@@ -167,7 +179,7 @@ def main() -> None:
     over = [took - deadline for deadline, took, _, _ in calls if deadline > floor and took > deadline + GRACE_MS]
     sheet.add("largest delay beyond deadline + 2 ms", max(over, default=0.0), unit="ms")
     sheet.add("deadlines missed at all, impossible ones too", fast.deadlines.missed, unit="calls")
-    for exit_index in range(len(EXITS) + 1):
+    for exit_index in range(len(exits) + 1):
         sheet.add(f"answers from exit {exit_index + 1}", sum(call[2] == exit_index for call in calls), unit="calls")
     if args.only == "latency":
         return

@@ -94,15 +94,17 @@ def network(args: argparse.Namespace, sheet: Sheet, name: str) -> None:
     parts = args.part or ["whole", "branches"]
     torch.manual_seed(0)
     guest: Any = load_model(f"offramp:{name}").eval()
-    x = torch.rand(1, 3, high, wide)
-    net = offramp.attach(guest, torch.rand(2, 3, high, wide), exits=guest.ends, keep_costly=True,
+    x, few = torch.rand(1, 3, high, wide), torch.rand(2, 3, high // 4, wide // 4)  # small: tracing keeps maps
+    net = offramp.attach(guest, few, exits=guest.ends, keep_costly=True,
                          heads=offramp.redesigned(guest.ends, 128 if "w48" in name else 64)).eval()
     with torch.no_grad():
         start = net.begin(x)
         after = net.stages[0](start)
+        small = net.begin(few[:1])
         dense = {} if "whole" not in parts else {
-            "whole": _engines(args, Dense(net, start), (x,)),
-            "after exit 1": _engines(args, Dense(net, after, 1), (*after.tensors, *after.carried))}
+            "whole": _engines(args, Dense(net, small, start.values), (x,)),
+            "after exit 1": _engines(args, Dense(net, net.stages[0](small), after.values, 1),
+                                     (*after.tensors, *after.carried))}
     masked = offramp.mask_(net)
     narrow = {} if args.precision == "fp32" else {"dtype": torch.bfloat16}
     fast: Any = masked.deploy(**narrow)

@@ -22,11 +22,11 @@ ENGINES = ("eager", "compile", "openvino")
 class Dense(nn.Module):
     """A network's stages from one on with their heads, as plain modules: (tensors) -> all their logits."""
 
-    def __init__(self, net: offramp.MultiExit, state: Any, first: int = 0) -> None:
-        """state: at the start of that stage, for inputs of the size to come."""
+    def __init__(self, net: offramp.MultiExit, state: Any, values: Sequence[Any], first: int = 0) -> None:
+        """state: at the start of that stage, for inputs of any size; values: that state's, of the size to come."""
         super().__init__()
         net = copy.deepcopy(net)
-        self.first, self.values = first, state.values
+        self.first, self.values = first, tuple(values)
         self.lives = [len(site.live) for site in net.sites]
         self.stages = nn.ModuleList(stage.module(state.program) for stage in net.stages[first:])
         heads = [net.head(net.columns[net.columns_at(k)[0]].name) for k in range(first, len(net.sites))]

@@ -107,24 +107,27 @@ void block(const Conv& c, const Chunk& chunk, const Block& of, int64_t from, int
 }
 #endif
 
-// Asks for what the next places read and write: short runs are over before the machine's own prefetcher sees them.
-inline void ahead(const Conv& c, const Chunk& chunk, int64_t from, int64_t until) {
-    const int64_t outputs = (int64_t)c.groups * c.outputs;
+// Asks for what the next places read and write: short runs are over before the machine's own prefetcher sees them. Of
+// what is written `count` channels from `first` on: all at once would be more than a core waits for at a time.
+inline void ahead(const Conv& c, const Chunk& chunk, int64_t from, int64_t until, int first, int64_t count) {
     for (int64_t i = from; i < until && i < chunk.count; ++i) {
         const uint32_t place = chunk.places[i];
-        const bool runs_on = c.stride[1] == 1 && c.run > c.source.step && place == chunk.places[i - 1] + 1;
-        const int64_t known = runs_on ? c.run - c.source.step : 0;
-        const Real* tap = first_tap(c, place);
-        for (int r = 0; r < c.runs; ++r) fetch(tap + c.jump[r] + known, c.run - known);
-        fetch(at(c.out, place), outputs);
-        if (c.residual.at) fetch(at(c.residual, place), outputs);
+        if (!first) {
+            const bool runs_on = c.stride[1] == 1 && c.run > c.source.step && place == chunk.places[i - 1] + 1;
+            const int64_t known = runs_on ? c.run - c.source.step : 0;
+            const Real* tap = first_tap(c, place);
+            for (int r = 0; r < c.runs; ++r) fetch(tap + c.jump[r] + known, c.run - known);
+        }
+        fetch(at(c.out, place) + first, count);
+        if (c.residual.at) fetch(at(c.residual, place) + first, count);
     }
 }
 
 template <int P, int B>
 void blocks(const Conv& c, const Chunk& chunk, const Block& of) {
+    const int64_t count = least(B * LANES, of.left);
     for (int64_t from = 0; from < chunk.count; from += P) {
-        if (of.first == 0) ahead(c, chunk, from + P, from + 2 * P);
+        ahead(c, chunk, from + P, from + 2 * P, of.first, count);
         block<P, B>(c, chunk, of, from, (int)least(P, chunk.count - from));
     }
 }
