@@ -120,13 +120,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--engine", choices=("eager", "compile"), default="eager")
+    parser.add_argument("--threads", type=int, help="of torch: under load several wait for the one whose core is taken")
     parser.add_argument("--burners", type=int, default=1, help="processes that burn a core each")
     parser.add_argument("--only", choices=("latency",))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
         args.size, args.scenes, args.epochs, args.calls = "64x96", 16, 1, 60
-    sheet = Sheet("anytime" + "-camvid" * bool(args.trained) + "-quick" * args.quick)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    how = "-camvid" * bool(args.trained) + f"-{args.threads}" * bool(args.threads) + "-quick" * args.quick
+    sheet = Sheet(f"anytime{how}")
     net, data = network(args)
     exits = tuple(column.name for column in net.columns[:-1])
     images = torch.stack([data[i][0] for i in range(len(data))])
