@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from offramp._kernel.ops import (
 )
 
 BILINEAR, CORNERS, NEAREST = Resize("bilinear"), Resize("bilinear", True), Resize("nearest")
+KERNELS = (1, 3, 3, 5, 7, (1, 7), (3, 1))
 
 
 def agree(
@@ -54,12 +56,16 @@ def insides(runner: kernel.Kernel) -> list[Tensor]:
             for memory, own in zip(runner._memory, runner._layout.buffers, strict=True)]
 
 
-def some_network(seed: int, kind: str, operations: int = 9) -> tuple[Program, dict[int, Tensor], list[Tensor]]:
+def some_network(
+    seed: int, kind: str, operations: int = 9, most: tuple[int, int] = (21, 25), kernels: Sequence[Any] = KERNELS
+) -> tuple[Program, dict[int, Tensor], list[Tensor]]:
     """Operations of all kinds over one another's outputs, in two segments; few maps are kept, so that memory is shared.
+
+    most: places down and across. kernels: of convolutions.
     """
     draw = random.Random(seed)
     sketch = Sketch(seed)
-    height, width = draw.randint(1, 21), draw.randint(1, 25)
+    height, width = draw.randint(1, most[0]), draw.randint(1, most[1])
     first = sketch.map(draw.choice([1, 3, 16, 18, 36]), height, width)
     maps = [first]
     for number in range(operations):
@@ -70,7 +76,7 @@ def some_network(seed: int, kind: str, operations: int = 9) -> tuple[Program, di
         channels = sketch.maps[source][1]
         what = draw.choice(["conv", "conv", "conv", "sum", "cat", "pool"])
         if what == "conv":
-            maps.append(some_conv(sketch, source, maps, draw))
+            maps.append(some_conv(sketch, source, maps, draw, kernels))
         elif what == "sum":
             like = [other for other in maps if sketch.maps[other][1] == channels]
             terms = tuple(
@@ -99,11 +105,13 @@ def some_network(seed: int, kind: str, operations: int = 9) -> tuple[Program, di
     return sketch.program(sorted(kept)), {first: x}, [mask, later]
 
 
-def some_conv(sketch: Sketch, source: int, maps: list[int], draw: random.Random) -> int:
+def some_conv(
+    sketch: Sketch, source: int, maps: list[int], draw: random.Random, kernels: Sequence[Any] = KERNELS
+) -> int:
     channels = sketch.maps[source][1]
     count = draw.randint(1, channels)
     view = draw.choice([sketch.whole(source), View(source, draw.randint(0, channels - count), count)])
-    size = draw.choice([1, 3, 3, 5, 7, (1, 7), (3, 1)])
+    size = draw.choice(kernels)
     stride, dilation = draw.choice([(1, 1), (1, 1), (2, 1), (1, 2), (3, 1), (2, 3)])
     groups = draw.choice([1, 1, view.count, max(n for n in (1, 2, 3) if view.count % n == 0)])
     outputs = view.count if groups == view.count else groups * draw.choice([1, 7, 16, 24, 33, 50])

@@ -6,7 +6,6 @@ run in a process of their own: ``python triton_cases.py`` writes what came of ea
 
 import copy
 import json
-import random
 import sys
 import time
 import traceback
@@ -20,15 +19,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernel.masks import MASKS, mask_of
+from kernel.programs import BILINEAR, CORNERS, NEAREST, some_network
 from kernel.witness import Sketch, simulate, stands
 from offramp import mask_
-from offramp._kernel.ops import Conv, Op, Pool, Program, Resize, Sum, Term, View, Window
+from offramp._kernel.ops import Conv, Op, Pool, Program, Sum, Term, Window
 from offramp.errors import OfframpError
 from offramp.sparse import Plain, Sparse, Triton
 from sparse.nets import agree as alike
 from sparse.nets import mixed
 
-BILINEAR, CORNERS, NEAREST = Resize("bilinear"), Resize("bilinear", True), Resize("nearest")
+# kept small: the interpreter goes place by place
+small_network = partial(some_network, operations=6, most=(11, 13), kernels=(1, 3, 3, 5, (1, 7), (3, 1)))
 
 
 def agree(
@@ -76,65 +77,8 @@ def moved(program: Program, device: str, dtype: torch.dtype = torch.float32) -> 
         replace(part, ops=tuple(to(op) for op in part.ops)) for part in program.segments))
 
 
-def some_network(seed: int, kind: str, operations: int = 6) -> tuple[Program, dict[int, Tensor], list[Tensor]]:
-    """Operations of all kinds over one another's outputs, in two segments."""
-    draw = random.Random(seed)
-    sketch = Sketch(seed)
-    height, width = draw.randint(1, 11), draw.randint(1, 13)
-    first = sketch.map(draw.choice([1, 3, 16, 18, 36]), height, width)
-    maps = [first]
-    for number in range(operations):
-        if number == operations // 2:
-            sketch.segments.append([])
-        source = draw.choice(maps[-3:])
-        tall, wide = sketch.size(source)
-        channels = sketch.maps[source][1]
-        what = draw.choice(["conv", "conv", "conv", "sum", "cat", "pool"])
-        if what == "conv":
-            maps.append(some_conv(sketch, source, maps, draw))
-        elif what == "sum":
-            like = [other for other in maps if sketch.maps[other][1] == channels]
-            terms = tuple(
-                Term(sketch.whole(other), draw.choice([None, BILINEAR]) if sketch.size(other) == (tall, wide)
-                     else draw.choice([BILINEAR, CORNERS, NEAREST]))
-                for other in draw.sample(like, draw.randint(1, min(3, len(like)))))
-            finish = [torch.randn(channels, generator=sketch.draw) if draw.random() < 0.5 else None for _ in range(2)]
-            out = sketch.map(channels, tall, wide)
-            maps.append(sketch.add(Sum(terms, sketch.whole(out), *finish, draw.random() < 0.5)))
-        elif what == "cat":
-            other = draw.choice(maps)
-            out = sketch.map(channels + sketch.maps[other][1], tall, wide)
-            sketch.add(Sum((Term(sketch.whole(source)),), View(out, 0, channels)))
-            sketch.add(Sum((Term(sketch.whole(other), draw.choice([BILINEAR, NEAREST])),),
-                           View(out, channels, sketch.maps[other][1])))
-            maps.append(out)
-        else:
-            stride = draw.choice([1, 2])
-            out = sketch.map(channels, (tall - 1) // stride + 1, (wide - 1) // stride + 1)
-            maps.append(sketch.add(Pool(sketch.whole(source), sketch.whole(out), Window((3, 3), (stride,) * 2, (1, 1)),
-                                        draw.choice(["mean", "max"]), draw.random() < 0.5)))
-    mask = mask_of(kind, draw.randint(1, height), draw.randint(1, width), draw.uniform(0.02, 0.7), sketch.draw)
-    later = mask & (torch.rand(mask.shape, generator=sketch.draw) < draw.choice([0.3, 1.0]))
-    x = torch.randn(sketch.maps[first][1], height, width, generator=sketch.draw)
-    return sketch.program(sorted({first, maps[-1], *draw.sample(maps, 2)})), {first: x}, [mask, later]
-
-
-def some_conv(sketch: Sketch, source: int, maps: list[int], draw: random.Random) -> int:
-    channels = sketch.maps[source][1]
-    count = draw.randint(1, channels)
-    view = draw.choice([sketch.whole(source), View(source, draw.randint(0, channels - count), count)])
-    size = draw.choice([1, 3, 3, 5, (1, 7), (3, 1)])
-    stride, dilation = draw.choice([(1, 1), (1, 1), (2, 1), (1, 2), (3, 1), (2, 3)])
-    groups = draw.choice([1, 1, view.count, max(n for n in (1, 2, 3) if view.count % n == 0)])
-    outputs = view.count if groups == view.count else groups * draw.choice([1, 7, 16, 33])
-    like = [other for other in maps if sketch.maps[other] == (sketch.maps[source][0], outputs)]
-    residual = draw.choice(like) if like and stride == 1 and draw.random() < 0.7 else None
-    return sketch.conv(view, outputs, size, stride=stride, dilation=dilation, groups=groups, residual=residual,
-                       relu=draw.random() < 0.5, lam=draw.choice([0.0, 0.3, 1.0, 3.0]))
-
-
 def network(seed: int, device: str) -> None:
-    agree(*some_network(seed, MASKS[seed % len(MASKS)]), device)
+    agree(*small_network(seed, MASKS[seed % len(MASKS)]), device)
 
 
 def of_masks(kind: str, device: str) -> None:
@@ -210,7 +154,7 @@ def of_halves(device: str) -> None:
     """As Plain's, which rounds in the same places but for the sums within an operation. bfloat16 on a device alone: the
     interpreter multiplies its bits as numbers."""
     for dtype, within in ((torch.float16, 4e-3), *([(torch.bfloat16, 3e-2)] if device == "cuda" else [])):
-        program, given, masks = some_network(3, "random")
+        program, given, masks = small_network(3, "random")
         program = moved(program, device, dtype)
         runner, plain = Triton(program), Plain(program)
         for number, mask in enumerate(masks):
@@ -241,7 +185,7 @@ def of_a_masked_network(device: str) -> None:
 
 def of_a_stop(device: str) -> None:
     """A run that is stopped says so, and is not gone on with; after a new mask all is as ever."""
-    program, given, masks = some_network(2, "random")
+    program, given, masks = small_network(2, "random")
     runner = Triton(moved(program, device))
     for asked in ({"stop": torch.ones(1, dtype=torch.int32)}, {"deadline_ns": 1}):
         runner.settle(masks[0].to(device))
