@@ -1,6 +1,5 @@
 // What each instruction set compiles for itself; it says LANES, PLACES(vectors), MOST, STEP, PATH and NAME before,
-// BF16 where its maps hold bfloat16,
-// and TILES where its dense products go through tiles.
+// BF16 where its maps hold bfloat16, and TILES where its dense products go through tiles.
 //
 // Everything has internal linkage and nothing comes from the standard library: a function shared between the sets could
 // be taken by the linker from the wrong one.
