@@ -21,9 +21,9 @@ constexpr int CHUNK = 120;
 int64_t tasks(const Op& op, int phase) {
     const auto chunks = [](int64_t places) { return (places + CHUNK - 1) / CHUNK; };
     if (op.kind == SUM || op.kind == POOL) return phase ? 0 : chunks(places_of(op));
-    if (phase) return chunks(op.region->halo.count);
+    if (phase) return chunks(halo_of(op).count);
     const int64_t parts = op.kind == CONV ? parts_of(*static_cast<const Conv*>(op.body)) : 1;
-    return parts * chunks(op.region->level->active.count);
+    return parts * chunks(active_of(op).count);
 }
 
 void task(const Op& op, int phase, int64_t number, void* saved) {

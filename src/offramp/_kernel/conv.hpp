@@ -24,10 +24,10 @@ inline Real* raw_of(const Chunk& chunk, int64_t number) {
 }
 
 inline Chunk chunk_of(const Op& op, int64_t number, Real* raw, int64_t row) {
-    const List<uint32_t>& active = op.region->level->active;
-    const int64_t first = number * CHUNK;
-    return {active.at + first, op.region->level->saves.at + first, raw ? raw + first * row : nullptr,
-            least(CHUNK, active.count - first), row};
+    const Slice here = active_of(op);
+    const int64_t first = here.first + number * CHUNK;
+    return {op.region->level->active.at + first, op.region->level->saves.at + first, raw ? raw + first * row : nullptr,
+            least(CHUNK, here.count - number * CHUNK), row};
 }
 
 // Finishes B vectors of one place from channel `first` on, of which `left` channels are there.
@@ -197,7 +197,7 @@ inline int64_t parts_of(const Conv& c) {
 
 void convolve(const Op& op, int64_t task, Real* raw) {
     const Conv& c = *static_cast<const Conv*>(op.body);
-    const int64_t chunks = (op.region->level->active.count + CHUNK - 1) / CHUNK, units = (int64_t)c.runs * units_of(c);
+    const int64_t chunks = (active_of(op).count + CHUNK - 1) / CHUNK, units = (int64_t)c.runs * units_of(c);
     const bool parted = parts_of(c) > 1;
     const int64_t only = parted ? task / chunks : -1;
     const Chunk chunk = chunk_of(op, parted ? task % chunks : task, raw, raw_row(c));
@@ -296,7 +296,8 @@ constexpr int AHEAD = 8;  // halo places
 void halo(const Op& op, int64_t task, const Real* raw) {
     const Conv& c = *static_cast<const Conv*>(op.body);
     const List<uint32_t>& halo = op.region->halo;
-    const int64_t first = task * CHUNK, last = least(first + CHUNK, halo.count);
+    const Slice here = halo_of(op);
+    const int64_t first = here.first + task * CHUNK, last = least(first + CHUNK, here.first + here.count);
     const int outputs = c.groups * c.outputs;
     for (int64_t h = first; h < last; ++h) {
         if (h + AHEAD < halo.count) {

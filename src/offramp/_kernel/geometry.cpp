@@ -64,6 +64,17 @@ void list(const uint8_t* map, int32_t height, int32_t width, List<uint32_t>& pla
     places.count = count;
 }
 
+// Where each row begins.
+bool by_rows(const List<uint32_t>& places, int32_t height, List<int32_t>& rows) {
+    if (!room(rows, height + 1)) return false;
+    int64_t place = 0;
+    for (int32_t y = 0; y <= height; ++y) {
+        while (place < places.count && row_of(places.at[place]) < y) ++place;
+        rows.at[y] = (int32_t)place;
+    }
+    return true;
+}
+
 // Bytes may lie over anything, so that a compiler keeps no pointer in a register beside them unless it is told to.
 void add_row(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] |= from[i];
@@ -138,7 +149,7 @@ bool activate(Level& level, const uint8_t* mask, int32_t height, int32_t width) 
     }
     list(level.on.at, level.height, level.width, level.active);
     memset(level.wanted.at, 0, (size_t)size);
-    return true;
+    return by_rows(level.active, level.height, level.rows);
 }
 
 bool reach(Plan& plan, Region& region) {
@@ -160,7 +171,7 @@ bool reach(Plan& plan, Region& region) {
     without(plan.scratch.at, region.all.at, level.on.at, size);
     list(plan.scratch.at, level.height, level.width, region.halo);
     if (region.interpolates) add_row(level.wanted.at, region.all.at, size);
-    return true;
+    return by_rows(region.halo, level.height, region.rows);
 }
 
 // What each place that is interpolated for some region is a mean of.

@@ -246,7 +246,7 @@ using namespace offramp;
 
 // Changes with the interface; the door does not talk to a library of another one.
 API int64_t offramp_interface() {
-    return 1000000 * 6 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
+    return 1000000 * 7 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
                                    sizeof(Sum) + sizeof(Pool) + sizeof(Enlarging) + sizeof(Op) + sizeof(Plan));
 }
 
@@ -327,13 +327,14 @@ API int offramp_enlarge(int isa, const Enlarging* map, int32_t threads) {
 API void offramp_release(Plan* plan) {
     for (int64_t i = 0; i < plan->num_levels; ++i) {
         Level& l = plan->levels[i];
-        for (void* at : {(void*)l.on.at, (void*)l.active.at, (void*)l.wanted.at, (void*)l.halo.at, (void*)l.number.at,
+        for (void* at : {(void*)l.on.at, (void*)l.active.at, (void*)l.rows.at, (void*)l.wanted.at, (void*)l.halo.at, (void*)l.number.at,
                          (void*)l.start.at, (void*)l.source.at, (void*)l.excess.at, (void*)l.saves.at}) free(at);
     }
     for (int64_t i = 0; i < plan->num_regions; ++i) {
         Region& r = plan->regions[i];
         free(r.all.at);
         free(r.halo.at);
+        free(r.rows.at);
     }
     for (int64_t i = 0; i < plan->num_raws; ++i) free(plan->raws[i].at);
     free(plan->scratch.at);

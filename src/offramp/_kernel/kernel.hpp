@@ -51,6 +51,7 @@ struct Level {
     int32_t height, width;
     List<uint8_t> on;            // (height, width): active
     List<uint32_t> active;       // places, row by row
+    List<int32_t> rows;          // (height + 1): where each row begins in `active`
     List<uint8_t> wanted;        // (height, width): interpolated for some region
     List<uint32_t> halo;         // these places, row by row
     List<int32_t> number;        // (height + 6, width + 6): of an active place in `active`; -2 - that of a wanted one
@@ -74,6 +75,7 @@ struct Region {
     int32_t num_reads, interpolates;  // whether convolutions write maps of this region
     List<uint8_t> all;           // (height, width)
     List<uint32_t> halo;         // the places of it that are not active, row by row
+    List<int32_t> rows;          // (height + 1): where each row begins in `halo`
 };
 
 struct Plane {
@@ -121,6 +123,7 @@ struct Enlarging {
 
 struct Op {
     int32_t kind, raw;           // which of the plan's raw copies it works with
+    int32_t rows[2];             // of the output that it works out: from the first to before the second
     const void* body;
     const Region* region;        // of the output
     const int32_t* needs;        // operations that must be done before, counted from the plan's first
@@ -164,6 +167,16 @@ static inline int32_t& number_at(const Level& level, uint32_t place) {
 static inline int64_t raw_row(const Conv& c) {
     return ((int64_t)c.groups * c.outputs + RAW_STEP - 1) / RAW_STEP * RAW_STEP;
 }
+// Part of a list, from `first` on.
+struct Slice {
+    int64_t first, count;
+};
+static inline Slice slice_of(const List<int32_t>& rows, const Op& op) {
+    return {rows.at[op.rows[0]], (int64_t)rows.at[op.rows[1]] - rows.at[op.rows[0]]};
+}
+static inline Slice active_of(const Op& op) { return slice_of(op.region->level->rows, op); }
+static inline Slice halo_of(const Op& op) { return slice_of(op.region->rows, op); }
+
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How many of the last output channels are dot products along a run, for a vector of channels would hold few of them:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from offramp._kernel.ops import Conv, Op, Program, Sum, View
 
-__all__ = ["Buffer", "Layout", "lay_out", "reads_of"]
+__all__ = ["Buffer", "Layout", "lay_out", "needed_of", "reads_of"]
 
 _MOST_RAWS = 8
 
@@ -49,6 +49,8 @@ class Layout:
     """By segment, its first operation and the one after its last."""
     needs: tuple[tuple[int, ...], ...]
     """By operation, others of its segment."""
+    rows: tuple[tuple[int, int], ...]
+    """By operation, those of its output that it works out: from the first to before the second."""
     raws: tuple[int, ...]
     """By operation, which raw copy; -1 for none."""
     buffers: tuple[Buffer, ...]
@@ -82,7 +84,8 @@ def lay_out(program: Program) -> Layout:
                   for op in ops[first:last]]
         found, taken = _needs(_waits(ops[first:last], buffer, first), haloed, first)
         needs, raws = needs + found, raws + taken
-    return Layout(tuple(ops), tuple(spans), tuple(needs), tuple(raws), buffers, tuple(buffer))
+    rows = tuple((0, program.levels[program.maps[op.out.map].level].height) for op in ops)
+    return Layout(tuple(ops), tuple(spans), tuple(needs), rows, tuple(raws), buffers, tuple(buffer))
 
 
 def _waits(ops: "list[Op] | tuple[Op, ...]", memory: list[int], first: int) -> list[set[int]]:
@@ -131,6 +134,11 @@ def _needs(waits: list[set[int]], haloed: list[bool], first: int) -> tuple[list[
     return needs, raws
 
 
+def needed_of(waits: list[set[int]], first: int) -> list[tuple[int, ...]]:
+    """By operation, what is left to wait for where what is waited for anyway is left out; none has a raw copy."""
+    return _needs(waits, [False] * len(waits), first)[0]
+
+
 def _share(program: Program, ops: list[Op]) -> tuple[tuple[Buffer, ...], list[int]]:
     """Memory by map: maps of one size whose lives do not meet have the same, so that no frame is ever written."""
     frames = _frames(program, ops)
@@ -148,7 +156,8 @@ def _share(program: Program, ops: list[Op]) -> tuple[tuple[Buffer, ...], list[in
             own[index] = len(buffers)
             buffers.append(like)
 
-    for index in sorted(program.kept):  # before any memory is free
+    given = program.kept - {op.out.map for op in ops}
+    for index in sorted(given):  # before any memory is free
         take(index)
     for i, op in enumerate(ops):
         dying = {view.map for view in reads_of(op) if last[view.map] == i and view.map not in program.kept}

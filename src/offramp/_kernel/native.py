@@ -36,7 +36,7 @@ class Axis(ctypes.Structure):
 
 
 class Level(ctypes.Structure):
-    _fields_ = [("height", _INT), ("width", _INT), ("on", List), ("active", List), ("wanted", List),
+    _fields_ = [("height", _INT), ("width", _INT), ("on", List), ("active", List), ("rows", List), ("wanted", List),
                 ("halo", List), ("number", List), ("start", List), ("source", List), ("excess", List), ("saves", List)]
 
 
@@ -47,7 +47,7 @@ class Read(ctypes.Structure):
 
 class Region(ctypes.Structure):
     _fields_ = [("level", _POINTER), ("reads", _POINTER), ("num_reads", _INT), ("interpolates", _INT), ("all", List),
-                ("halo", List)]
+                ("halo", List), ("rows", List)]
 
 
 class Plane(ctypes.Structure):
@@ -83,8 +83,8 @@ class Enlarging(ctypes.Structure):
 
 
 class Op(ctypes.Structure):
-    _fields_ = [("kind", _INT), ("raw", _INT), ("body", _POINTER), ("region", _POINTER), ("needs", _POINTER),
-                ("num_needs", _LONG)]
+    _fields_ = [("kind", _INT), ("raw", _INT), ("rows", _PAIR), ("body", _POINTER), ("region", _POINTER),
+                ("needs", _POINTER), ("num_needs", _LONG)]
 
 
 class Plan(ctypes.Structure):
@@ -93,7 +93,7 @@ class Plan(ctypes.Structure):
                 ("phases", _POINTER), ("scratch", List), ("spans", List), ("isa", _INT), ("excess", _INT)]
 
 
-INTERFACE = 1000000 * 6 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Enlarging, Op, Plan)))
+INTERFACE = 1000000 * 7 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Enlarging, Op, Plan)))
 _SIGNATURES = {
     "offramp_isa": (ctypes.c_char_p, [_INT]),
     "offramp_proves": (_INT, [_INT]),

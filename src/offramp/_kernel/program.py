@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offramp._kernel import native
 from offramp._kernel.axes import axis_of
+from offramp._kernel.bands import banded
 from offramp._kernel.door import isas, needed
 from offramp._kernel.faults import faults
 from offramp._kernel.layout import lay_out
@@ -36,11 +37,12 @@ class Kernel:
     interpolated from it. Where no instruction set multiplies bfloat16, all stays float32 and is rounded when read.
     isa: another instruction set than the best one. cutoff: neighbours of an interpolated place that weigh less than
     this, relative to its nearest one, are left out; None: 2^-26 in float32 and 2^-14 in bfloat16, which is below what
-    they resolve. 1e-3 leaves two or three of them. OfframpError names what the kernel cannot run: see ``faults``.
+    they resolve. 1e-3 leaves two or three of them. everywhere: every mask will be true at every place, which is faster
+    known beforehand. OfframpError names what the kernel cannot run: see ``faults``.
     """
 
     def __init__(self, program: Program, *, dtype: torch.dtype = torch.float32, isa: str | None = None,
-                 cutoff: float | None = None) -> None:
+                 cutoff: float | None = None, everywhere: bool = False) -> None:
         self._lib = needed("Kernel()")
         if found := faults(program):
             raise OfframpError(expected="a program that the compiled kernel runs", got="; ".join(found[:5]),
@@ -58,7 +60,8 @@ class Kernel:
         self.program, self.dtype = program, dtype
         self._isa, self._stores = native.instruction_sets()[name]
         self._cutoff = cutoff
-        self._layout = lay_out(program)
+        self._everywhere = everywhere
+        self._layout = banded(program, lay_out(program)) if everywhere else lay_out(program)
         self._held: list[Any] = []  # what C code has addresses of
         self._tensor_bytes = 0
         self._memory = [self._keep(torch.zeros(buffer.values, dtype=self._stores)) for buffer in self._layout.buffers]
@@ -84,6 +87,9 @@ class Kernel:
         if mask.ndim != 2 or mask.dtype != torch.bool or mask.device.type != "cpu" or not mask.numel():
             raise OfframpError(expected="a mask (H, W) of bool on the CPU", got=_told(mask), where="Kernel.settle()",
                                todo="mask[n, 0] for one image of a batch, .cpu() for another device")
+        if self._everywhere and not mask.all():
+            raise OfframpError(expected="a mask that is true everywhere", got=_told(mask), where="Kernel.settle()",
+                               todo="Kernel(program, everywhere=False)")
         mask = mask.contiguous()
         with self._alone("settle"):
             if not self._lib.offramp_settle(self._plan, mask.data_ptr(), *mask.shape):
@@ -229,13 +235,16 @@ class Kernel:
     def _build_plan(self) -> native.Plan:
         layout, excess = self._layout, 0
         ops = []
-        for op, needs, raw in zip(layout.ops, layout.needs, layout.raws, strict=True):
-            kind, body = self._build_op(op)
+        built: dict[int, tuple[int, Any]] = {}  # an operation's bands share one
+        for op, needs, rows, raw in zip(layout.ops, layout.needs, layout.rows, layout.raws, strict=True):
+            if id(op) not in built:
+                built[id(op)] = self._build_op(op)
+            kind, body = built[id(op)]
             if isinstance(body, native.Conv):
                 excess = max(excess, body.reach)
             self._held.append(body)
             region = ctypes.addressof(self._regions[self.program.maps[op.out.map].region])
-            ops.append(native.Op(kind, raw, ctypes.addressof(body), region,
+            ops.append(native.Op(kind, raw, rows, ctypes.addressof(body), region,
                                  ctypes.addressof(self._array(ctypes.c_int32, list(needs))), len(needs)))
         raws = self._array(native.List, [native.List() for _ in range(1 + max(layout.raws, default=-1))])
         phases = torch.zeros(16 * len(ops), dtype=torch.int64)  # torch aligns it to a cache line

@@ -39,9 +39,11 @@ bool agree(Try& t, const int (&isas)[2], int inputs, int outputs, int kernel, un
     for (int i = 0; i < kernel * kernel; ++i) jump[i] = i / kernel * row + i % kernel * INPUTS;
     for (uint32_t place = 0; place < HEIGHT * WIDTH; ++place)  // whole rows, and then scattered ones
         if (place < 2 * WIDTH || place % every == 0) t.places[count++] = place / WIDTH << 16 | place % WIDTH;
+    int32_t all[] = {0, (int32_t)count};
     Level level{};
     level.height = HEIGHT, level.width = WIDTH;
     level.active = {t.places, count, count}, level.saves = {t.saves, count, count};
+    level.rows = {all, 2, 2};  // as if all lay in one
     Region region{};
     region.level = &level;
     for (int i = 0; i < 2; ++i) {
@@ -54,7 +56,7 @@ bool agree(Try& t, const int (&isas)[2], int inputs, int outputs, int kernel, un
         const Path& set = *path(isas[i]);
         pack(set, t.weight, inputs, outputs, kernel * kernel, inputs, t.packed);
         memset(t.out[i], 0, sizeof t.out[i]);
-        const Op op{CONV, -1, &c, &region, nullptr, 0};
+        const Op op{CONV, -1, {0, 1}, &c, &region, nullptr, 0};
         for (int64_t task = 0; task < set.tasks(op, 0); ++task) set.task(op, 0, task, nullptr);
     }
     return !memcmp(t.out[0], t.out[1], sizeof t.out[0]);

@@ -1,10 +1,11 @@
 // Sums of maps of several sizes, and pooling, at all places of a region. See body.hpp.
 
-inline int64_t places_of(const Op& op) { return op.region->level->active.count + op.region->halo.count; }
+inline int64_t places_of(const Op& op) { return active_of(op).count + halo_of(op).count; }
 
 inline uint32_t place_of(const Op& op, int64_t number) {
-    const List<uint32_t>& active = op.region->level->active;
-    return number < active.count ? active.at[number] : op.region->halo.at[number - active.count];
+    const Slice active = active_of(op);
+    if (number < active.count) return op.region->level->active.at[active.first + number];
+    return op.region->halo.at[halo_of(op).first + number - active.count];
 }
 
 // Calls one(channel, count) for each B vectors, and then for single ones; count: of the last vector's channels.

@@ -88,7 +88,7 @@ class Sparse(Refining, nn.Module):
         self._answer = form_of(net.traced.output, net.logits(net.traced.output))
         self._shelf = Shelf(runner)
         on_kernel = engine == "eager" and runner in (_best, _on_kernel)
-        self._front = Front(net, _suits_kernel, _on_kernel) if on_kernel else None
+        self._front = Front(net, _suits_kernel, _everywhere) if on_kernel else None
         self._crossovers: dict[Any, Crossover] = {}  # by size, as programs are
         self.eval()
 
@@ -332,9 +332,13 @@ def _suits_kernel(program: Program) -> bool:
     return known and _kernel.available() and not _kernel.faults(program)
 
 
-def _on_kernel(program: Program) -> Runner:
+def _on_kernel(program: Program, *, everywhere: bool = False) -> Runner:
     narrow = _held(program) == {(torch.bfloat16, "cpu")}
-    return _kernel.Kernel(program, dtype=torch.bfloat16 if narrow else torch.float32)
+    return _kernel.Kernel(program, dtype=torch.bfloat16 if narrow else torch.float32, everywhere=everywhere)
+
+
+def _everywhere(program: Program) -> Runner:
+    return _on_kernel(program, everywhere=True)
 
 
 def _held(program: Program) -> set[tuple[torch.dtype, str]]:
