@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from kernel.masks import mask_of
 from kernel.witness import Sketch
@@ -69,6 +70,7 @@ def test_a_kernel_is_for_one_call_at_a_time() -> None:
     worker.start()
     calls = [lambda: runner.settle(torch.ones(2, 2, dtype=torch.bool)), lambda: runner.run(0),
              lambda: runner.write(first, torch.zeros(32, 128, 128)), lambda: runner.read(last),
+             lambda: runner.write_region(first, torch.zeros(32, 128, 128)),
              lambda: runner.read_active(last, torch.zeros(32, 128, 128))]
     while not runner._lock.locked():
         pass
@@ -92,6 +94,34 @@ def test_what_is_written_is_read_in_any_order_of_memory(last: bool) -> None:
     runner.settle(mask)
     runner.read_active(first, out)
     assert torch.equal(out, torch.where(mask, x, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["random", "empty", "full", "one"])
+def test_a_region_is_written_and_nothing_beside_it(kind: str, dtype: torch.dtype, two_threads: None) -> None:
+    """What the convolutions read: active places and those beside them."""
+    sketch = Sketch()
+    first = sketch.map(5, 40, 41)
+    runner = kernel.Kernel(sketch.program([first, sketch.conv(first, 4)]), dtype=dtype)
+    mask = mask_of(kind, 40, 41, 0.2, sketch.draw)
+    reads = F.max_pool2d(mask[None].float(), 3, 1, 1)[0].bool()
+    runner.settle(mask)
+    for given in (torch.float32, torch.bfloat16):
+        for x in (torch.randn(5, 40, 41).to(given), torch.randn(40, 5, 41).to(given).transpose(0, 1)):
+            runner.write(first, torch.full((5, 40, 41), 7.0))
+            runner.write_region(first, x)
+            assert torch.equal(runner.read(first), torch.where(reads, x, 7.0).to(dtype))
+
+
+def test_a_view_is_the_map_itself() -> None:
+    sketch = Sketch()
+    first = sketch.map(5, 6, 7)
+    runner, x = kernel.Kernel(sketch.program([first])), torch.randn(5, 6, 7)
+    view = runner.view(first)
+    runner.write(first, x)
+    assert torch.equal(view, x) and view.stride(0) == 1
+    with pytest.raises(OfframpError, match="which are kept"):
+        runner.view(1)
 
 
 def test_faults_are_named() -> None:
@@ -149,6 +179,8 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         (lambda: runner.write(first, torch.ones(32, 4, 5)), "shape (32, 4, 4)"),
         (lambda: runner.read(1), "which are kept"),
         (lambda: runner.read_active(last, torch.ones(32, 4, 4).double()), "float32"),
+        (lambda: runner.write_region(first, torch.ones(32, 4, 4).double()), "float32"),
+        (lambda: runner.write_region(first, torch.ones(32, 4, 5)), "shape (32, 4, 4)"),
         (lambda: runner.run(2), "a segment of 2"),
         (lambda: runner.run(0, torch.zeros(1)), "one int32"),
     ]

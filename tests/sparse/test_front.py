@@ -12,6 +12,7 @@ from torchvision.models import segmentation
 
 import offramp
 from offramp import RedesignedSpec, _kernel, mask_
+from offramp.graph import State
 from offramp.sparse import Sparse
 from sparse.nets import hrnet, lively, mixed
 
@@ -74,6 +75,35 @@ def test_sizes_and_types() -> None:
     assert {t.dtype for t in state.tensors} == {torch.bfloat16} and logits.dtype == torch.float32
     assert 1e-4 < (coarse.float() - logits).std() / logits.std() < 0.02
     assert narrow._first((x,), {})[1].dtype == torch.float32
+
+
+@torch.no_grad()
+def test_what_goes_on_lies_in_a_runner_that_nobody_else_has_meanwhile() -> None:
+    net, x = hrnet((64, 96), "redesigned")
+    fast = mask_(net, share=0.5).deploy()
+    front = fast._front
+    assert front is not None
+
+    @torch.inference_mode()
+    def run(x: torch.Tensor) -> State:
+        assert front is not None
+        found = front(fast._begins.begin(x))
+        assert found is not None
+        return found[0]
+
+    state = run(x[:1])
+    known = [t.clone() for t in state.tensors]
+    (_, idle), = front._shelf._held.values()
+    assert idle == []
+    for _ in range(3):
+        run(-x[:1])
+        assert len(idle) == 1
+    assert all(map(torch.equal, state.tensors, known))
+    other, = idle
+    del state
+    assert len(idle) == 2 and idle[1] is not other
+    several = run(torch.cat([x[:1], -x[:1]]))
+    assert all(torch.equal(t[:1], k) for t, k in zip(several.tensors, known, strict=True))
 
 
 @torch.no_grad()

@@ -232,6 +232,41 @@ void read_active(const Level& level, const Plane& from, int64_t channels, To* to
     }
 }
 
+constexpr int64_t PLACES = 512;  // that are written at a time
+
+// A map from outside, (channels, height, width) to any strides (in values), of float (pair 1) or bfloat16.
+struct Writing {
+    const Region* region;
+    Plane to;
+    const void* from;
+    int64_t channels, channel_step, row_step, step;
+    int32_t pair, stored_pair;
+    std::atomic<int64_t> next;
+};
+
+template <class From, class To>
+void write_place(const Writing& w, uint32_t place) {
+    const int64_t y = row_of(place), x = column_of(place);
+    const From* from = static_cast<const From*>(w.from) + y * w.row_step + x * w.step;
+    To* to = static_cast<To*>(w.to.at) + y * w.to.row + x * w.to.step;
+    if (sizeof(From) == sizeof(To) && w.channel_step == 1) memcpy(to, from, (size_t)w.channels * sizeof(To));
+    else for (int64_t c = 0; c < w.channels; ++c) give(from[c * w.channel_step], to[c]);
+}
+
+void write_some(void* given) {
+    Writing& w = *static_cast<Writing*>(given);
+    const List<uint32_t>&active = w.region->level->active, &halo = w.region->halo;
+    const int64_t all = active.count + halo.count;
+    for (int64_t i; (i = w.next.fetch_add(PLACES, std::memory_order_relaxed)) < all;)
+        for (const int64_t last = least(i + PLACES, all); i < last; ++i) {
+            const uint32_t place = i < active.count ? active.at[i] : halo.at[i - active.count];
+            if (w.pair == 1 && w.stored_pair == 1) write_place<float, float>(w, place);
+            else if (w.pair == 1) write_place<float, uint16_t>(w, place);
+            else if (w.stored_pair == 1) write_place<uint16_t, float>(w, place);
+            else write_place<uint16_t, uint16_t>(w, place);
+        }
+}
+
 template <class From>
 void read_active(const Level& level, const Plane& from, int64_t channels, void* to, int64_t channel_step,
                  int64_t row_step, int64_t step, int pair) {
@@ -246,7 +281,7 @@ using namespace offramp;
 
 // Changes with the interface; the door does not talk to a library of another one.
 API int64_t offramp_interface() {
-    return 1000000 * 7 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
+    return 1000000 * 8 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
                                    sizeof(Sum) + sizeof(Pool) + sizeof(Enlarging) + sizeof(Op) + sizeof(Plan));
 }
 
@@ -312,6 +347,15 @@ API void offramp_read_active(int isa, const Level* level, const Plane* from, int
     if (path(isa)->pair == 2)
         read_active<uint16_t>(*level, *from, channels, to, channel_step, row_step, step, pair);
     else read_active<float>(*level, *from, channels, to, channel_step, row_step, step, pair);
+}
+
+// Fills a view at its region's places, from a map of outside: see Writing.
+API void offramp_write_region(int isa, const Region* region, const Plane* to, int64_t channels, const void* from,
+                              int64_t channel_step, int64_t row_step, int64_t step, int pair, int32_t threads) {
+    Writing w{region, *to, from, channels, channel_step, row_step, step, pair, path(isa)->pair, {0}};
+    const int64_t most = least(threads, (region->level->active.count + region->halo.count + PLACES - 1) / PLACES);
+    if (parallel && most > 1) parallel(write_some, &w, (unsigned)most, 0);
+    else write_some(&w);
 }
 
 // 0 where there is no memory for a row.

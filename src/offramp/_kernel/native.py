@@ -93,7 +93,7 @@ class Plan(ctypes.Structure):
                 ("phases", _POINTER), ("scratch", List), ("spans", List), ("isa", _INT), ("excess", _INT)]
 
 
-INTERFACE = 1000000 * 7 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Enlarging, Op, Plan)))
+INTERFACE = 1000000 * 8 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Enlarging, Op, Plan)))
 _SIGNATURES = {
     "offramp_isa": (ctypes.c_char_p, [_INT]),
     "offramp_proves": (_INT, [_INT]),
@@ -105,6 +105,8 @@ _SIGNATURES = {
     "offramp_settle": (_INT, [ctypes.POINTER(Plan), _POINTER, _INT, _INT]),
     "offramp_run": (_LONG, [ctypes.POINTER(Plan), _LONG, _LONG, _INT, _POINTER, _LONG]),
     "offramp_read_active": (None, [_INT, _POINTER, ctypes.POINTER(Plane), _LONG, _POINTER, _LONG, _LONG, _LONG, _INT]),
+    "offramp_write_region": (None, [_INT, _POINTER, ctypes.POINTER(Plane), _LONG, _POINTER, _LONG, _LONG, _LONG, _INT,
+                                    _INT]),
     "offramp_enlarge": (_INT, [_INT, ctypes.POINTER(Enlarging), _INT]),
     "offramp_release": (None, [ctypes.POINTER(Plan)]),
 }

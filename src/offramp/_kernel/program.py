@@ -101,17 +101,31 @@ class Kernel:
         with self._alone("write"):
             self._inside(map_).copy_(x)
 
+    def write_region(self, map_: int, x: Tensor) -> None:
+        """Fill a kept map at the places alone that the mask settled last has operations read: x (C, H, W), float32 or
+        bfloat16."""
+        self._check(map_, x, "write_region")
+        self._check_type(x, "write_region")
+        own = self.program.maps[map_]
+        with self._alone("write_region"):
+            self._lib.offramp_write_region(
+                self._isa, ctypes.addressof(self._regions[own.region]), self._plane(View(map_, 0, own.channels)),
+                own.channels, x.data_ptr(), *x.stride(), 4 // x.itemsize, torch.get_num_threads())
+
     def read(self, map_: int) -> Tensor:
         """A copy of a kept map, (C, H, W) of ``dtype``, place by place; outside its region it holds anything."""
         with self._alone("read"):
             return self._inside(self._kept(map_, "read")).permute(1, 2, 0).to(self.dtype, copy=True).permute(2, 0, 1)
 
+    def view(self, map_: int) -> Tensor:
+        """A kept map where it lies, (C, H, W), for as long as nothing runs; of another type than ``dtype`` a copy."""
+        return self._inside(self._kept(map_, "view")).to(self.dtype)
+
     def read_active(self, map_: int, out: Tensor) -> None:
         """Write what a kept map holds at its level's active places into ``out`` (C, H, W), float32 or bfloat16, and
         nothing elsewhere."""
         self._check(map_, out, "read_active")
-        if out.dtype not in _CUTOFF or out.device.type != "cpu":
-            raise OfframpError(expected="float32 or bfloat16 on the CPU", got=_told(out), where="Kernel.read_active()")
+        self._check_type(out, "read_active")
         own = self.program.maps[map_]
         with self._alone("read_active"):
             self._lib.offramp_read_active(
@@ -171,6 +185,10 @@ class Kernel:
         if x.shape != (own.channels, level.height, level.width):
             raise OfframpError(expected=f"shape {(own.channels, level.height, level.width)}", got=_told(x),
                                where=f"Kernel.{where}()")
+
+    def _check_type(self, x: Tensor, where: str) -> None:
+        if x.dtype not in _CUTOFF or x.device.type != "cpu":
+            raise OfframpError(expected="float32 or bfloat16 on the CPU", got=_told(x), where=f"Kernel.{where}()")
 
     def _inside(self, map_: int) -> Tensor:
         number = self._layout.buffer[map_]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from offramp._kernel import Kernel
 from offramp._kernel.ops import Program
 from offramp.errors import OfframpError
 from offramp.graph import State
@@ -12,7 +13,6 @@ from offramp.nn.masked import Resizing
 from offramp.nn.multiexit import MultiExit
 from offramp.sparse._shelf import Shelf
 from offramp.sparse.lower import First, lower_first
-from offramp.sparse.plain import Runner
 
 __all__ = ["Front"]
 
@@ -23,18 +23,21 @@ class Front:
     None where that is no program, or none that ``suits``.
     """
 
-    def __init__(self, net: MultiExit, suits: Callable[[Program], bool], make: Callable[[Program], Runner]) -> None:
+    def __init__(self, net: MultiExit, suits: Callable[[Program], bool], make: Callable[[Program], Kernel]) -> None:
         self._net, self._suits, self._make = net, suits, make
         self._shelf = Shelf(self._ready)
 
     def __call__(self, state: State) -> tuple[State, Tensor, Resizing] | None:
         key = state.program, tuple((t.shape[1:], t.dtype) for t in state.tensors), tuple(map(repr, state.values))
-        with self._shelf.lent(key, lambda: self._lowered(state)) as (first, lend):
-            if first is None:
-                return None
-            runner = lend()
-            images = [_run(first, runner, [t[n] for t in state.tensors]) for n in range(state.rows)]
+        first, lend = self._shelf.open(key, lambda: self._lowered(state))
+        if first is None:
+            return None
+        loan = lend()
+        images = [_run(first, loan.runner, [t[n] for t in state.tensors], copies=state.rows > 1)
+                  for n in range(state.rows)]
         coarse, *tensors = (_together(maps) for maps in zip(*images, strict=True))
+        for tensor in tensors:  # which may lie in the runner's memory: nobody else has it before they are gone
+            vars(tensor)["_offramp_loan"] = loan
         after = State(tensors=tuple(tensors), values=first.values, program=state.program,
                       why_not=self._net.sites[0].why_not)
         return after, coarse, first.resize
@@ -47,19 +50,20 @@ class Front:
             return None
         return first if self._suits(first.program) else None
 
-    def _ready(self, program: Program) -> Runner:
+    def _ready(self, program: Program) -> Kernel:
         runner = self._make(program)
         runner.settle(torch.ones(1, 1, dtype=torch.bool))
         return runner
 
 
-def _run(first: First, runner: Runner, tensors: list[Tensor]) -> list[Tensor]:
-    """Logits, and what goes on, of one image."""
+def _run(first: First, runner: Kernel, tensors: list[Tensor], *, copies: bool) -> list[Tensor]:
+    """Logits, and what goes on, of one image; the latter where the runner has it unless these are to be copies."""
     for at, tensor in zip(first.inputs, tensors, strict=True):
         if at is not None:
             runner.write(at, tensor)
     runner.run(0)
-    return [runner.read(first.logits), *(tensors[at] if as_it_is else runner.read(at) for as_it_is, at in first.live)]
+    read = runner.read if copies else runner.view
+    return [runner.read(first.logits), *(tensors[at] if as_it_is else read(at) for as_it_is, at in first.live)]
 
 
 def _together(maps: tuple[Tensor, ...]) -> Tensor:

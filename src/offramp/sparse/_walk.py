@@ -39,7 +39,7 @@ class Walk:
     def prepare(self, k: int, mask: Tensor) -> int:
         """From here on this mask, of exit k - 1; the MACs of what it leaves to do until exit k, all images together."""
         self._mask = mask
-        self._sparsen(k, mask)
+        fresh = self._sparsen(k, mask)
         costs, levels = self._lowered.costs[k - 1], self._lowered.program.levels
         places = {level: levels[level].height * levels[level].width for level in costs}
         macs = len(self.rows) * sum(cost * places[level] for level, cost in costs.items())
@@ -47,7 +47,8 @@ class Walk:
             if not bool(mask[n].any()):
                 del self._runners[n]
                 continue
-            runner.settle(mask[n, 0])
+            if n not in fresh:
+                runner.settle(mask[n, 0])
             macs += round(sum(cost * places[level] * runner.density(level) for level, cost in costs.items()))
         return macs
 
@@ -72,11 +73,11 @@ class Walk:
             runner.read_active(at, out[n])
         return out
 
-    def _sparsen(self, k: int, mask: Tensor) -> None:
-        """Hand images with few active places over to runners, and forget those with none."""
-        state = self._state
+    def _sparsen(self, k: int, mask: Tensor) -> list[int]:
+        """Hand images with few active places over to runners, and forget those with none; the former."""
+        state, fresh = self._state, list[int]()
         if not self.rows or state is None:
-            return
+            return fresh
         shares = mask.flatten(1).float().mean(1).tolist()
         stay = [n for n in self.rows if shares[n] > self._above[k - 1]]
         if stay and len(stay) < len(self.rows) and state.why_not:
@@ -85,19 +86,22 @@ class Walk:
             if n not in stay and shares[n] > 0:
                 self._runners[n] = runner = self._lend()
                 hand_over(self._lowered, runner, k, state, i, mask[n, 0])
+                fresh.append(n)
         if len(stay) < len(self.rows):
             left = torch.tensor([self.rows.index(n) for n in stay], device=mask.device)
             self._state, self.rows = state.select(left) if stay else None, stay
+        return fresh
 
 
-def hand_over(lowered: Lowered, runner: Runner, k: int, state: State, row: int, like: Tensor) -> None:
-    """Make a runner go on from exit k - 1 with one row of a state; ``like`` a mask."""
+def hand_over(lowered: Lowered, runner: Runner, k: int, state: State, row: int, mask: Tensor) -> None:
+    """Make a runner go on from exit k - 1 with one row of a state, under a mask (h, w)."""
     for earlier in range(k - 1):  # a runner goes through all segments; with nothing active that costs none
-        runner.settle(torch.zeros_like(like))
+        runner.settle(torch.zeros_like(mask))
         runner.run(earlier)
+    runner.settle(mask)
     for map_, tensor in zip(lowered.frontiers[k - 1], (*state.tensors, *state.carried), strict=True):
         if map_ is not None:
-            runner.write(map_, tensor[row])
+            runner.write_region(map_, tensor[row])  # later masks lie within this one
 
 
 def onward(masked: Masked, coarse: Tensor, k: int, before: Tensor) -> Tensor:

@@ -248,7 +248,6 @@ class Sparse(Refining, nn.Module):
             def under(mask: Tensor, k: int = k, at: int = at, state: State = state, out: Tensor = out) -> None:
                 mask = mask.to(out.device)
                 hand_over(lowered, runner, k, state, 0, mask)
-                runner.settle(mask)
                 runner.run(k - 1)
                 runner.read_active(at, out)
                 if out.is_cuda:
@@ -332,12 +331,12 @@ def _suits_kernel(program: Program) -> bool:
     return known and _kernel.available() and not _kernel.faults(program)
 
 
-def _on_kernel(program: Program, *, everywhere: bool = False) -> Runner:
+def _on_kernel(program: Program, *, everywhere: bool = False) -> _kernel.Kernel:
     narrow = _held(program) == {(torch.bfloat16, "cpu")}
     return _kernel.Kernel(program, dtype=torch.bfloat16 if narrow else torch.float32, everywhere=everywhere)
 
 
-def _everywhere(program: Program) -> Runner:
+def _everywhere(program: Program) -> _kernel.Kernel:
     return _on_kernel(program, everywhere=True)
 
 

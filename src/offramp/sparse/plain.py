@@ -32,6 +32,9 @@ class Runner(Protocol):
     def write(self, map_: int, x: Tensor) -> None:
         """Fill a map, all of it, from (C, H, W)."""
 
+    def write_region(self, map_: int, x: Tensor) -> None:
+        """As ``write``, after ``settle``; at the places alone that are read or active under this mask, if it likes."""
+
     def read(self, map_: int) -> Tensor:
         """A map as (C, H, W); what it holds outside its region is anything."""
 
@@ -82,6 +85,8 @@ class Plain:
 
     def write(self, map_: int, x: Tensor) -> None:
         self._maps[map_][:-1].copy_(x.permute(1, 2, 0).flatten(0, 1))
+
+    write_region = write
 
     def read(self, map_: int) -> Tensor:
         level = self.program.levels[self.program.maps[map_].level]

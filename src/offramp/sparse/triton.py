@@ -85,6 +85,8 @@ class Triton:
         with self._here():
             self._maps[map_].copy_(x.permute(1, 2, 0).flatten(0, 1))
 
+    write_region = write
+
     @torch.inference_mode()
     def read(self, map_: int) -> Tensor:
         with self._here():
