@@ -22,8 +22,8 @@ int64_t tasks(const Op& op, int phase) {
     const auto chunks = [](int64_t places) { return (places + CHUNK - 1) / CHUNK; };
     if (op.kind == SUM || op.kind == POOL) return phase ? 0 : chunks(places_of(op));
     if (phase) return chunks(halo_of(op).count);
-    const int64_t parts = op.kind == CONV ? parts_of(*static_cast<const Conv*>(op.body)) : 1;
-    return parts * chunks(active_of(op).count);
+    const int64_t count = chunks(active_of(op).count);
+    return op.kind == CONV ? count * parts_of(*static_cast<const Conv*>(op.body), count) : count;
 }
 
 void task(const Op& op, int phase, int64_t number, void* saved) {

@@ -186,9 +186,14 @@ inline int units_of(const Conv& c) { return vectors_of(c.run, PAIR); }  // of a 
 
 inline int few_of(const Conv& c) { return dots_of(c.outputs, units_of(c), LANES); }
 
-// How many tasks share the output channels of one chunk of places.
-inline int64_t parts_of(const Conv& c) {
+constexpr int64_t MANY = 16;  // chunks, which busy some threads
+
+// How many tasks share the output channels of one chunk of places: one where the weights stay in the cache. Else each
+// block of them is used for all places, and these are read once a block; where one tap reads a place, that is more than
+// all weights once a chunk.
+inline int64_t parts_of(const Conv& c, int64_t chunks) {
     if ((int64_t)c.groups * c.runs * units_of(c) * c.outputs <= WEIGHTS_IN_CACHE) return 1;
+    if (c.runs == 1 && c.run == c.inputs && chunks >= MANY) return 1;
     const int few = few_of(c);
     int64_t count = few > 0;
     for (int left = vectors_of(c.outputs - few, LANES); left > 0; left -= next_block(left, MOST, STEP)) ++count;
@@ -198,7 +203,7 @@ inline int64_t parts_of(const Conv& c) {
 void convolve(const Op& op, int64_t task, Real* raw) {
     const Conv& c = *static_cast<const Conv*>(op.body);
     const int64_t chunks = (active_of(op).count + CHUNK - 1) / CHUNK, units = (int64_t)c.runs * units_of(c);
-    const bool parted = parts_of(c) > 1;
+    const bool parted = parts_of(c, chunks) > 1;
     const int64_t only = parted ? task / chunks : -1;
     const Chunk chunk = chunk_of(op, parted ? task % chunks : task, raw, raw_row(c));
 #if TILES
