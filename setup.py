@@ -11,7 +11,7 @@ setup(ext_modules=[Extension(
     "offramp._kernel._native",
     sources=[f"{KERNEL}/{name}.cpp" for name in ("kernel", "geometry", "portable", "avx2", "avx512", "avx512_bf16",
                                               "amx_bf16", "proof")],
-    depends=[f"{KERNEL}/{name}.hpp" for name in ("kernel", "body", "vector", "conv", "tiles", "sum")],
+    depends=[f"{KERNEL}/{name}.hpp" for name in ("kernel", "body", "vector", "conv", "tiles", "sum", "sure")],
     language="c++",
     extra_compile_args=["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"],
     optional=True,

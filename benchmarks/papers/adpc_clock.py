@@ -34,7 +34,7 @@ from claims import Sheet  # noqa: E402
 from offramp._kernel.ops import Conv, Program  # noqa: E402
 from offramp.cost.latency import measure, with_steady_allocator_  # noqa: E402
 from offramp.models import load_model  # noqa: E402
-from offramp.nn.masked import Masked  # noqa: E402
+from offramp.sparse import network as network_module  # noqa: E402
 from offramp.sparse.crossover import drawn  # noqa: E402
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -74,19 +74,12 @@ def main() -> None:
 
 
 class Held:
-    """Gives masks from outside to a masked network and its deployed form, after these have taken their own."""
+    """Gives masks from outside to deployed networks, after these have taken their own."""
 
-    def __init__(self, *nets: Masked) -> None:
+    def __init__(self) -> None:
         self.masks: Sequence[Tensor] = ()
-        for net in nets:
-            takes = net.goes_on
-            vars(net)["goes_on"] = lambda coarse, k, takes=takes: self._given(takes(coarse, k), k)
-
-    def _given(self, own: Tensor, k: int) -> Tensor:
-        mask = self.masks[k]
-        if own.shape != mask.shape:  # asked where it went on before alone
-            mask = mask[self.masks[k - 1]].view(own.shape)
-        return own.copy_(mask)
+        takes = network_module.onward
+        network_module.onward = lambda masked, coarse, k, before: takes(masked, coarse, k, before).copy_(self.masks[k])
 
 
 def network(args: argparse.Namespace, sheet: Sheet, name: str) -> None:
@@ -108,7 +101,7 @@ def network(args: argparse.Namespace, sheet: Sheet, name: str) -> None:
     masked = offramp.mask_(net)
     narrow = {} if args.precision == "fp32" else {"dtype": torch.bfloat16}
     fast: Any = masked.deploy(**narrow)
-    held = Held(masked, fast.masked)
+    held = Held()
     masked.enabled = False
     full = [float(cost) for cost in masked.macs(x)[0]]
     size = fast._first((x,), {})[1].shape[2:]

@@ -25,6 +25,8 @@ int offramp_settle(offramp::Plan*, const uint8_t*, int32_t, int32_t);
 int64_t offramp_run(offramp::Plan*, int64_t, int64_t, int32_t, const int32_t*, int64_t);
 void offramp_read_active(int, const offramp::Level*, const offramp::Plane*, int64_t, void*, int64_t, int64_t, int64_t,
                          int);
+int offramp_enlarge(int, const offramp::Enlarging*, int32_t);
+void offramp_judge(int, const offramp::Judging*, int32_t);
 void offramp_release(offramp::Plan*);
 }
 
@@ -278,6 +280,41 @@ int round_of(int isa, int kind, bool large) {
     return 3;
 }
 
+// A map of floats resized, and which of its places are sure.
+int maps_of(int isa, int kind) {
+    const int height = 1 + below(9), width = 1 + below(20), sizes[] = {1, 2, 8, 19, 35}, channels = sizes[below(5)];
+    const int tall = 1 + below(40), wide = 1 + below(40), count = height * width;
+    const std::vector<float> map = numbers((size_t)(count * channels));
+    std::vector<float> larger((size_t)(tall * wide * channels));
+    const Table rows(height, tall), columns(width, wide);
+    const Enlarging e{map.data(), larger.data(), rows.axis(), columns.axis(), width, channels, tall, wide};
+    if (!offramp_enlarge(isa, &e, 1 + below(3))) differ("memory");
+    const auto at = [&](int y, int x, int c) { return (double)map[(size_t)((y * width + x) * channels + c)]; };
+    for (int i = 0; i < tall * wide * channels; ++i) {
+        const size_t y = (size_t)(i / channels / wide), x = (size_t)(i / channels % wide);
+        const double low = rows.part[y], far = columns.part[x];
+        const auto row = [&](int from) {
+            return (1 - far) * at(from, columns.first[x], i % channels) + far * at(from, columns.second[x], i % channels);
+        };
+        const double known = (1 - low) * row(rows.first[y]) + low * row(rows.second[y]);
+        if (!(std::fabs(larger[(size_t)i] - known) < 1e-5)) differ("a resized map");
+    }
+    const std::vector<uint8_t> within = some_mask(height, width, kind);
+    std::vector<uint8_t> found((size_t)count, 9);
+    const Judging j{map.data(), kind == 5 ? nullptr : within.data(), found.data(), count, channels, 0.3f, 1e-5f};
+    offramp_judge(isa, &j, 1 + below(3));
+    for (int i = 0; i < count; ++i) {
+        double largest = -2, all = 0;
+        for (int c = 0; c < channels; ++c) largest = std::fmax(largest, at(0, i, c));
+        for (int c = 0; c < channels; ++c) all += std::exp(at(0, i, c) - largest);
+        const bool looked = kind == 5 || within[(size_t)i];
+        const int known = !looked || 1 / all > 0.3 ? 0 : 1;
+        const bool near = looked && std::fabs(1 / all - 0.3) < 2e-5;
+        if (found[(size_t)i] != known && !(near && found[(size_t)i] == 2)) differ("what is sure");
+    }
+    return 2;
+}
+
 }  // namespace
 
 int main() {
@@ -286,7 +323,7 @@ int main() {
     for (int isa = 0; isa < 5; ++isa)
         if (offramp_isa(isa) && !offramp_proves(isa)) differ("a trial");
     for (int isa = 4; isa >= 0; --isa)
-        for (int i = 0; offramp_isa(isa) && i < 260; ++i) done += round_of(isa, i % 6, false);
+        for (int i = 0; offramp_isa(isa) && i < 260; ++i) done += round_of(isa, i % 6, false) + maps_of(isa, i % 6);
     for (int isa = 4; isa >= 0; --isa)  // more weights than stay in the cache
         if (offramp_isa(isa)) done += round_of(isa, 2, true);
     printf("%d operations agree, no sanitizer spoke\n", done);

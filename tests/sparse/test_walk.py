@@ -9,6 +9,7 @@ import torch
 
 import offramp
 from offramp.cost.latency import Timing
+from offramp.functional.confidence import top
 from offramp.sparse import _walk, crossover
 from offramp.sparse.crossover import Crossover, crossing, drawn, find, keep, kept
 from sparse.nets import mixed
@@ -28,6 +29,19 @@ def test_masks_are_looked_for_where_they_were_before(rule: Any) -> None:
             found = _walk.onward(masked, x, 1, before)
             assert torch.equal(found, masked.goes_on(coarse, 1) & there)
             assert bool(found.any()) == bool(before.any())
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_confidence_that_is_the_threshold_settles_a_place(last: bool) -> None:
+    net, _ = mixed()
+    masked = offramp.mask_(net, threshold=0.4)
+    coarse = torch.randn(1, 4, 40, 50)
+    scores = top(coarse).flatten()
+    coarse = coarse.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    for at in range(0, 2000, 40):
+        masked.threshold = float(scores[at])
+        found = _walk.onward(masked, coarse, 0, None)
+        assert not found.flatten()[at] and torch.equal(found, masked.goes_on(coarse, 0))
 
 
 def test_a_crossing_lies_where_the_lines_cross() -> None:

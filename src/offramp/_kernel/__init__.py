@@ -18,5 +18,6 @@ from offramp._kernel.door import available, isa, isas, shares_threads
 from offramp._kernel.enlarge import enlarge, enlarges
 from offramp._kernel.faults import faults
 from offramp._kernel.program import Kernel
+from offramp._kernel.unsure import unsure
 
-__all__ = ["Kernel", "available", "enlarge", "enlarges", "faults", "isa", "isas", "shares_threads"]
+__all__ = ["Kernel", "available", "enlarge", "enlarges", "faults", "isa", "isas", "shares_threads", "unsure"]

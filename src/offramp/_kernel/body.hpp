@@ -16,6 +16,7 @@ constexpr int CHUNK = 120;
 #include "vector.hpp"
 #include "conv.hpp"
 #include "sum.hpp"
+#include "sure.hpp"
 
 // A convolution's second phase is its halo, which reads what the first one saved; all else has one phase.
 int64_t tasks(const Op& op, int phase) {
@@ -38,6 +39,6 @@ void task(const Op& op, int phase, int64_t number, void* saved) {
 }  // namespace
 
 extern const Path PATH;
-const Path PATH = {NAME, LANES, MOST, STEP, PAIR, tasks, task, enlarge};
+const Path PATH = {NAME, LANES, MOST, STEP, PAIR, tasks, task, enlarge, judge};
 
 }  // namespace offramp

@@ -202,7 +202,8 @@ void give(float from, uint16_t& to) {  // to the nearest, ties to even
     to = (uint16_t)(from != from ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-constexpr int64_t ROWS = 8;  // of a resized map at a time
+constexpr int64_t ROWS = 8;      // of a resized map at a time
+constexpr int64_t PLACES = 512;  // that are written or judged at a time
 
 struct Rows {
     const Enlarging* map;
@@ -221,6 +222,18 @@ void enlarge_rows(void* given) {
     free(between);
 }
 
+struct Places {
+    const Judging* judged;
+    const Path* set;
+    std::atomic<int64_t> next;
+};
+
+void judge_some(void* given) {
+    Places& p = *static_cast<Places*>(given);
+    for (int64_t i; (i = p.next.fetch_add(PLACES, std::memory_order_relaxed)) < p.judged->places;)
+        p.set->judge(*p.judged, i, least(i + PLACES, p.judged->places));
+}
+
 template <class From, class To>
 void read_active(const Level& level, const Plane& from, int64_t channels, To* to, int64_t channel_step,
                  int64_t row_step, int64_t step) {
@@ -231,8 +244,6 @@ void read_active(const Level& level, const Plane& from, int64_t channels, To* to
         for (int64_t c = 0; c < channels; ++c) give(here[c], there[c * channel_step]);
     }
 }
-
-constexpr int64_t PLACES = 512;  // that are written at a time
 
 // A map from outside, (channels, height, width) to any strides (in values), of float (pair 1) or bfloat16.
 struct Writing {
@@ -281,8 +292,8 @@ using namespace offramp;
 
 // Changes with the interface; the door does not talk to a library of another one.
 API int64_t offramp_interface() {
-    return 1000000 * 8 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
-                                   sizeof(Sum) + sizeof(Pool) + sizeof(Enlarging) + sizeof(Op) + sizeof(Plan));
+    return 1000000 * 9 + (int64_t)(sizeof(Level) + sizeof(Region) + sizeof(Read) + sizeof(Conv) + sizeof(Term) +
+                                   sizeof(Sum) + sizeof(Pool) + sizeof(Enlarging) + sizeof(Judging) + sizeof(Op) + sizeof(Plan));
 }
 
 API const char* offramp_isa(int isa) { return path(isa) && runs(isa) ? path(isa)->name : nullptr; }
@@ -365,6 +376,14 @@ API int offramp_enlarge(int isa, const Enlarging* map, int32_t threads) {
     if (parallel && most > 1) parallel(enlarge_rows, &rows, (unsigned)most, 0);
     else enlarge_rows(&rows);
     return !rows.failed.load();
+}
+
+// See judge().
+API void offramp_judge(int isa, const Judging* judged, int32_t threads) {
+    Places places{judged, path(isa), {0}};
+    const int64_t most = least(threads, (judged->places + PLACES - 1) / PLACES);
+    if (parallel && most > 1) parallel(judge_some, &places, (unsigned)most, 0);
+    else judge_some(&places);
 }
 
 // Gives back what settle() took.

@@ -121,6 +121,15 @@ struct Enlarging {
     int64_t width, channels, height_to, width_to;
 };
 
+// Logits place by place without a gap; a byte of `out` a place; `within` those that are looked at, null: all.
+struct Judging {
+    const float* logits;
+    const uint8_t* within;
+    uint8_t* out;
+    int64_t places, channels;
+    float threshold, slack;
+};
+
 struct Op {
     int32_t kind, raw;           // which of the plan's raw copies it works with
     int32_t rows[2];             // of the output that it works out: from the first to before the second
@@ -155,6 +164,7 @@ struct Path {
     int64_t (*tasks)(const Op&, int phase);
     void (*task)(const Op&, int phase, int64_t task, void* raw);
     void (*enlarge)(const Enlarging&, int64_t row, float* between);
+    void (*judge)(const Judging&, int64_t first, int64_t last);
 };
 
 static inline int vectors_of(int channels, int lanes) { return (channels + lanes - 1) / lanes; }

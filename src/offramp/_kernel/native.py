@@ -82,6 +82,11 @@ class Enlarging(ctypes.Structure):
                 *((name, _LONG) for name in ("width", "channels", "height_to", "width_to"))]
 
 
+class Judging(ctypes.Structure):
+    _fields_ = [("logits", _POINTER), ("within", _POINTER), ("out", _POINTER), ("places", _LONG), ("channels", _LONG),
+                ("threshold", _FLOAT), ("slack", _FLOAT)]
+
+
 class Op(ctypes.Structure):
     _fields_ = [("kind", _INT), ("raw", _INT), ("rows", _PAIR), ("body", _POINTER), ("region", _POINTER),
                 ("needs", _POINTER), ("num_needs", _LONG)]
@@ -93,7 +98,8 @@ class Plan(ctypes.Structure):
                 ("phases", _POINTER), ("scratch", List), ("spans", List), ("isa", _INT), ("excess", _INT)]
 
 
-INTERFACE = 1000000 * 8 + sum(map(ctypes.sizeof, (Level, Region, Read, Conv, Term, Sum, Pool, Enlarging, Op, Plan)))
+INTERFACE = 1000000 * 9 + sum(map(ctypes.sizeof, (
+    Level, Region, Read, Conv, Term, Sum, Pool, Enlarging, Judging, Op, Plan)))
 _SIGNATURES = {
     "offramp_isa": (ctypes.c_char_p, [_INT]),
     "offramp_proves": (_INT, [_INT]),
@@ -108,6 +114,7 @@ _SIGNATURES = {
     "offramp_write_region": (None, [_INT, _POINTER, ctypes.POINTER(Plane), _LONG, _POINTER, _LONG, _LONG, _LONG, _INT,
                                     _INT]),
     "offramp_enlarge": (_INT, [_INT, ctypes.POINTER(Enlarging), _INT]),
+    "offramp_judge": (None, [_INT, ctypes.POINTER(Judging), _INT]),
     "offramp_release": (None, [ctypes.POINTER(Plan)]),
 }
 

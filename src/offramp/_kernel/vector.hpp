@@ -11,6 +11,7 @@ inline V load_part(const float* from, int count) { return (V)_mm512_maskz_loadu_
 inline void store_part(float* to, V value, int count) { _mm512_mask_storeu_ps(to, leading(count), (__m512)value); }
 inline V spread(float value) { return (V)_mm512_set1_ps(value); }
 inline float total(V value) { return _mm512_reduce_add_ps((__m512)value); }
+inline float largest_of(V value) { return _mm512_reduce_max_ps((__m512)value); }
 #elif LANES == 8
 const int32_t LEADING[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 inline __m256i leading(int count) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(LEADING + 8 - count)); }
@@ -21,6 +22,11 @@ inline float total(V value) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)value), _mm256_extractf128_ps((__m256)value, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+inline float largest_of(V value) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)value), _mm256_extractf128_ps((__m256)value, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 #else
 inline V load_part(const float* from, int count) {
@@ -33,6 +39,10 @@ inline void store_part(float* to, V value, int count) {
 }
 inline V spread(float value) { return V{value, value, value, value}; }
 inline float total(V value) { return (value[0] + value[1]) + (value[2] + value[3]); }
+inline float largest_of(V value) {
+    const float one = value[0] > value[1] ? value[0] : value[1], other = value[2] > value[3] ? value[2] : value[3];
+    return one > other ? one : other;
+}
 #endif
 
 #if BF16

@@ -104,13 +104,21 @@ def hand_over(lowered: Lowered, runner: Runner, k: int, state: State, row: int, 
             runner.write_region(map_, tensor[row])  # later masks lie within this one
 
 
-def onward(masked: Masked, coarse: Tensor, k: int, before: Tensor) -> Tensor:
-    """``masked.goes_on(coarse, k)`` within ``before``, the mask of the exit before; looked for nowhere else."""
-    before = resized(before, coarse.shape[2:])
+def onward(masked: Masked, coarse: Tensor, k: int, before: Tensor | None) -> Tensor:
+    """``masked.goes_on(coarse, k)`` within ``before``, the mask of the exit before if any; looked for nowhere else.
+
+    The kernel looks at most places, where it can; those whose confidence is all but the threshold are asked as ever.
+    """
+    before = None if before is None else resized(before, coarse.shape[2:])
     if masked.share is not None or masked.grid or coarse.device.type != "cpu":
-        return masked.goes_on(coarse, k) & before
-    at = before.flatten().nonzero()[:, 0]
-    found = torch.zeros_like(before)
+        return masked.goes_on(coarse, k) if before is None else masked.goes_on(coarse, k) & before
+    if masked.confidence == "top" and masked.threshold is not None and _kernel.enlarges(coarse):
+        found, left = _kernel.unsure(coarse, masked.threshold, before)
+    elif before is None:
+        return masked.goes_on(coarse, k)
+    else:
+        found, left = torch.zeros_like(before), before
+    at = left.flatten().nonzero()[:, 0]
     if len(at):
         said = coarse.permute(0, 2, 3, 1).flatten(0, 2)[at].T[None, :, None]
         found.view(-1)[at] = masked.goes_on(said, k).flatten()

@@ -199,7 +199,7 @@ class Sparse(Refining, nn.Module):
     ) -> Iterator[Said | tuple[int, int, bool]]:
         """What each exit says; before each but the first its number, its MACs, and whether it may be stopped within."""
         with torch.inference_mode():
-            said = Said(0, coarse, self.masked.goes_on(coarse, 0), resize)
+            said = Said(0, coarse, onward(self.masked, coarse, 0, None), resize)
         yield said
         with self._lent(state, coarse) as (lowered, lend):
             walk = Walk(lowered, lend, self._dense, state, self._above(state, coarse))
