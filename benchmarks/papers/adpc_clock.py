@@ -67,7 +67,8 @@ def main() -> None:
         args.engines = args.engines if args.engines != ENGINES else ["eager"]
     if args.threads or args.clock == "cpu":
         torch.set_num_threads(1 if args.clock == "cpu" else args.threads)
-    how = f"-masks-{args.masks_on}" * bool(args.masks) + "-branches" * (args.part == ["branches"]) + "-quick" * args.quick
+    how = f"-masks-{args.masks_on}" * bool(args.masks) + "-branches" * (args.part == ["branches"])
+    how += "-quick" * args.quick
     for name in args.networks:
         sheet = Sheet(f"adpc-clock-{name}-{args.precision}-{args.threads or torch.get_num_threads()}{how}")
         network(args, sheet, name)
