@@ -23,12 +23,17 @@ test: check
 	$(BIN)/python -m pytest
 
 # The compiled kernel under the address and undefined-behaviour sanitizers: a driver of its own, no Python in it. Tiles
-# are emulated, so that each of their loads and stores is seen.
-sanitize:
-	mkdir -p build
-	$(CXX) -std=gnu++17 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -DOFFRAMP_EMULATE_TILES=1 \
-	    src/offramp/_kernel/*.cpp tests/kernel/sanitize.cpp -o build/sanitize
-	build/sanitize
+# are emulated, so that each of their loads and stores is seen. `make test` runs it too, where the compiler has them.
+SANITIZED := $(patsubst %.cpp,build/sanitized/%.o,$(wildcard src/offramp/_kernel/*.cpp) tests/kernel/sanitize.cpp)
+SANITIZERS := -std=gnu++17 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all
+
+build/sanitized/%.o: %.cpp $(wildcard src/offramp/_kernel/*.hpp)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZERS) -DOFFRAMP_EMULATE_TILES=1 -c $< -o $@
+
+sanitize: $(SANITIZED)
+	$(CXX) $(SANITIZERS) $^ -o build/sanitized/run
+	build/sanitized/run
 
 demo: install
 	$(BIN)/offramp demo

@@ -1,5 +1,6 @@
 """Whether the compiled library is there, loads, and shares torch's threads."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,20 @@ needs_kernel = pytest.mark.skipif(not HERE, reason="the kernel was not built")
 def test_where_there_is_a_compiler_the_kernel_was_built() -> None:
     """The build is optional, and would fail in silence; then all else here would be skipped."""
     assert HERE and kernel.isa() == kernel.isas()[0] and "portable" in kernel.isas()
+
+
+def test_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
+    """Every operation under the address and undefined-behaviour sanitizers, on buffers of exactly the size they need."""
+    made, empty = shutil.which("make"), tmp_path / "empty.cpp"
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    empty.write_text("int main() {}")
+    checks = ["-fsanitize=address,undefined", str(empty), "-o", str(tmp_path / "empty")]
+    if made is None or compiler is None or subprocess.run([compiler, *checks], check=False).returncode:
+        pytest.skip("there is no make, or no compiler with sanitizers: memory is not checked here")
+    done = subprocess.run([made, "-j2", "sanitize", f"CXX={compiler}"], cwd=Path(__file__).parents[2], check=False,
+                          capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "operations agree, no sanitizer spoke" in done.stdout
 
 
 @needs_kernel
