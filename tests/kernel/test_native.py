@@ -27,7 +27,7 @@ def test_where_there_is_a_compiler_the_kernel_was_built() -> None:
 
 
 def test_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
-    """Every operation under the address and undefined-behaviour sanitizers, on buffers of exactly the size they need."""
+    """Every operation under the address and undefined-behaviour sanitizers, on buffers of exactly its size."""
     made, empty = shutil.which("make"), tmp_path / "empty.cpp"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     empty.write_text("int main() {}")
