@@ -16,7 +16,7 @@ inline V exponential(V x) {
     return value * (V)((__builtin_convertvector(turns, Whole) + 127) << 23);
 }
 
-// Of each place in `judged`: 1 where it is not sure, 0 where it is, 2 where `slack` does not let us say; others stay 0.
+// Of each place `within`: 1 where it is not sure, 0 where it is, 2 where `slack` does not let us say; 0 elsewhere.
 void judge(const Judging& j, int64_t first, int64_t last) {
     for (int64_t place = first; place < last; ++place) {
         if (j.within && !j.within[place]) {

@@ -69,7 +69,10 @@ class Shelf(Generic[R]):
             loans.append(lend())
             return loans[-1].runner
 
-        yield lowered, one
+        try:
+            yield lowered, one
+        finally:
+            loans.clear()
 
     def _give_back(self, runner: R, idle: list[R]) -> None:
         with self._lock:
